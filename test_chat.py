@@ -1,0 +1,921 @@
+"""Tests of the chat: what its users and the README are promised, over real connections."""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import unittest
+from datetime import UTC, datetime, timedelta
+from unittest import mock
+
+import websockets
+
+import chat
+
+HERE = pathlib.Path(__file__).parent
+PATIENCE = 10  # seconds until something awaited counts as missing
+
+
+def skip(reason):
+    """Skip the calling test, or fail it where CHAT_NO_SKIPS is set."""
+    if os.environ.get("CHAT_NO_SKIPS"):
+        raise AssertionError(f"skips are not allowed here: {reason}")
+    raise unittest.SkipTest(reason)
+
+
+async def until(condition):
+    """Wait until condition() is true."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+class Cuttable(websockets.ClientConnection):
+    """A connection that can end as when a cable is pulled, with no close frame."""
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self.cut = transport.abort
+
+
+class Client:
+    """A client of the chat: `async with Client(port) as client`."""
+
+    def __init__(self, port, after=None, **options):
+        self.url = f"ws://127.0.0.1:{port}/ws" + (f"?after={after}" if after else "")
+        self.options = options
+
+    async def __aenter__(self):
+        self.connection = await websockets.connect(
+            self.url, proxy=None, create_connection=Cuttable, **self.options
+        )
+        self.port = self.connection.local_address[1]
+        self.welcome = await self.frame()
+        self.name = self.welcome["username"]
+        return self
+
+    async def __aexit__(self, *_):
+        await self.connection.close()
+
+    async def frame(self, *types):
+        """Return the next frame, or the next of these types."""
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                frame = json.loads(await self.connection.recv())
+                if not types or frame["type"] in types:
+                    return frame
+
+    async def contents(self, count):
+        """Return the contents of the next messages."""
+        return [(await self.frame("message"))["content"] for _ in range(count)]
+
+    async def say(self, content, **more):
+        await self.connection.send(json.dumps({"content": content, **more}))
+
+
+class ServerCase(unittest.IsolatedAsyncioTestCase):
+    """A server of its own for each test, which must log no warning and leave no task."""
+
+    async def asyncSetUp(self):
+        self.complaints = []
+        complain = logging.Handler(logging.WARNING)
+        complain.emit = lambda record: self.complaints.append(record.getMessage())
+        logging.getLogger().addHandler(complain)
+        self.addCleanup(logging.getLogger().removeHandler, complain)
+        self.room = chat.Room()
+        self.server = await chat.start(self.room, "127.0.0.1", 0)
+        self.port = self.server.sockets[0].getsockname()[1]
+
+    async def asyncTearDown(self):
+        self.server.close()
+        async with asyncio.timeout(PATIENCE):
+            await self.server.wait_closed()
+        self.assertEqual(self.room.connections, set())
+        self.assertEqual(self.room.names, set())
+        await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
+        self.assertEqual(self.complaints, [])
+
+    def client(self, **options):
+        return Client(self.port, **options)
+
+    async def raw(self, data):
+        """Send bytes to the server; return what it answers until it closes or falls silent."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(data)
+        async with asyncio.timeout(PATIENCE):
+            answer = await reader.read()
+        writer.close()
+        return answer.decode()
+
+    async def http(self, line, **headers):
+        """Send a request; return its status, headers and body."""
+        headers = {"Host": f"127.0.0.1:{self.port}"} | headers
+        lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        answer = await self.raw("\r\n".join([f"{line} HTTP/1.1", *lines, "", ""]).encode())
+        head, _, body = answer.partition("\r\n\r\n")
+        status, *fields = head.split("\r\n")
+        return int(status.split()[1]), [tuple(field.split(": ", 1)) for field in fields], body
+
+
+UPGRADE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec_WebSocket_Version": "13",
+    "Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+
+
+class Protocol(ServerCase):
+    async def test_welcome(self):
+        """The first frame tells a newcomer its name, who is there and what was said."""
+        async with self.client() as first, self.client() as second:
+            self.assertEqual(first.welcome["type"], "welcome")
+            self.assertEqual(first.welcome["username"], f"Port{first.port}")
+            self.assertEqual(first.welcome["history"], [])
+            self.assertEqual(first.welcome["gap"], False)
+            self.assertEqual([first.welcome["online"], second.welcome["online"]], [1, 2])
+
+    async def test_everyone_gets_a_message(self):
+        """A message goes to everyone, the sender included, with id and UTC time in ms."""
+        async with self.client() as first, self.client() as second:
+            await first.say("hello", id="a")
+            got = await first.frame("message")
+            self.assertEqual(got, await second.frame("message"))
+            time = datetime.fromisoformat(got.pop("time"))
+            self.assertEqual(time.utcoffset(), timedelta(0))
+            self.assertEqual(time.microsecond % 1000, 0)
+            self.assertLess(abs(datetime.now(UTC) - time), timedelta(seconds=PATIENCE))
+            expected = {"type": "message", "username": first.name, "content": "hello", "id": "a"}
+            self.assertEqual(got, expected)
+
+    async def test_simplest_client(self):
+        """A client that reads and writes nothing but username and content is a full member."""
+        async with self.client() as other:
+            async with websockets.connect(f"ws://127.0.0.1:{self.port}/ws", proxy=None) as simple:
+                await simple.send('{"content": "hi"}')
+                said = []
+                while not said or said[-1] != f"Port{simple.local_address[1]}: hi":
+                    frame = json.loads(await simple.recv())
+                    said.append("{username}: {content}".format(**frame))
+                self.assertRegex(said[0], "^Port[0-9]+: Welcome")
+            self.assertEqual(await other.contents(1), ["hi"])
+
+    async def test_server_makes_ids(self):
+        """A message without an id gets one of its own from the server."""
+        async with self.client() as client:
+            await client.say("one")
+            await client.say("one")
+            ids = [(await client.frame("message"))["id"] for _ in range(2)]
+            self.assertNotEqual(*ids)
+
+    async def test_username_is_the_servers_to_say(self):
+        """Keys other than content and id are ignored, above all username."""
+        async with self.client() as client:
+            await client.say("I am root", username="root", type="presence", online=7)
+            frame = await client.frame("message")
+            self.assertEqual(frame["username"], client.name)
+            self.assertNotIn("online", frame)
+
+    async def test_white_space_is_stripped(self):
+        """White space at both ends of a message is stripped, inside it stays."""
+        async with self.client() as client:
+            await client.say("\n  a\n\n b \t")
+            self.assertEqual(await client.contents(1), ["a\n\n b"])
+
+    async def test_utf8_goes_out_as_such(self):
+        """Text that is not ASCII leaves as UTF-8, not as escapes of twice its size."""
+        async with self.client() as client:
+            await client.say("żółć 👋")
+            payload = ""
+            while '"message"' not in payload:
+                payload = await client.connection.recv()
+            self.assertIn("żółć 👋", payload)
+
+    async def test_longest_message(self):
+        """2,000 characters pass even where each is two escaped surrogates."""
+        async with self.client() as client:
+            await client.connection.send('{"content": "' + r"\ud83d\ude00" * 2000 + '"}')
+            self.assertEqual(await client.contents(1), ["😀" * 2000])
+
+    async def test_shared_port(self):
+        """Two hosts' clients that share a port get different names."""
+        other = await chat.start(self.room, "127.0.0.1", 0)
+        second_port = other.sockets[0].getsockname()[1]
+        sockets = [socket.socket(), socket.socket()]
+        for end, port in zip(sockets, (self.port, second_port), strict=True):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            end.bind(sockets[0].getsockname() if end is sockets[1] else ("127.0.0.1", 0))
+            end.connect(("127.0.0.1", port))
+        first, second = self.client(sock=sockets[0]), Client(second_port, sock=sockets[1])
+        async with first, second:
+            self.assertEqual(second.name, f"{first.name}-2")
+        other.close()
+        await other.wait_closed()
+
+    async def test_one_order(self):
+        """Everyone sees all messages in the same order, however many speak at once."""
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(self.client()) for _ in range(5)]
+            said = [client.say(f"{number}") for number in range(10) for client in clients]
+            await asyncio.gather(*said)
+            orders = [[await c.frame("message") for _ in said] for c in clients]
+            for order in orders:
+                self.assertEqual(order, orders[0])
+
+    async def test_join_is_atomic(self):
+        """Whoever joins while others talk has no gap and no overlap after the history."""
+        total = 40
+        async with self.client() as speaker:
+
+            async def newcomer():
+                async with self.client() as client:
+                    seen = [message["content"] for message in client.welcome["history"]]
+                    return seen + await client.contents(total - len(seen))
+
+            joining = []
+            for number in range(total):
+                await speaker.say(f"{number}")
+                joining.append(asyncio.create_task(newcomer()))
+                await speaker.contents(1)
+            for seen in await asyncio.gather(*joining):
+                self.assertEqual(seen, [f"{number}" for number in range(total)])
+
+    async def test_history(self):
+        """Newcomers are shown the last 50 messages, the oldest first, as they were pushed."""
+        async with self.client() as speaker:
+            frames = []
+            for number in range(52):
+                await speaker.say(f"{number}")
+                frames.append(await speaker.frame("message"))
+            async with self.client() as newcomer:
+                self.assertEqual(newcomer.welcome["history"], frames[2:])
+                self.assertFalse(newcomer.welcome["gap"])
+
+    async def test_resume(self):
+        """A connection with ?after=ID is shown what came after that message, and no gap."""
+        async with self.client() as speaker:
+            for id in "abc":
+                await speaker.say(id, id=id)
+            await speaker.contents(3)
+            for after, missed in {"a": ["b", "c"], "c": []}.items():
+                async with self.client(after=after) as client:
+                    history = [message["id"] for message in client.welcome["history"]]
+                    self.assertEqual(history, missed)
+                    self.assertFalse(client.welcome["gap"])
+
+    async def test_resume_after_rubbish(self):
+        """Where ID is not remembered, all that is remembered comes, with gap true."""
+        rubbish = ["never", "%00", "%ff%fe", "a&after=b", "%5B" * 99, "x" * 4000, "💥", "..//"]
+        async with self.client() as speaker:
+            await speaker.say("hello")
+            await speaker.contents(1)
+            for after in rubbish:
+                with self.subTest(after=after[:9]):
+                    async with self.client(after=after) as client:
+                        self.assertEqual(len(client.welcome["history"]), 1)
+                        self.assertTrue(client.welcome["gap"])
+
+    async def test_remembered_id(self):
+        """A message with an id that is still remembered is not pushed again."""
+        async with self.client() as client, self.client() as other:
+            await client.say("once", id="a")
+            await other.say("once", id="a")
+            await client.say("then", id="b")
+            self.assertEqual((await client.contents(2))[1], "then")
+            self.assertEqual((await other.contents(2))[1], "then")
+
+    async def test_presence(self):
+        """Everyone is told how many are online, and who came and went, in a sentence."""
+        async with self.client() as first:
+            frame = await first.frame("presence")
+            self.assertEqual(frame["content"], f"{first.name} joined.")
+            async with self.client() as second:
+                frame = await first.frame("presence")
+                self.assertEqual((frame["content"], frame["online"]), (f"{second.name} joined.", 2))
+                self.assertTrue(frame["username"])
+            frame = await first.frame("presence")
+            self.assertEqual((frame["content"], frame["online"]), (f"{second.name} left.", 1))
+
+    async def test_presence_of_many(self):
+        """A hundred joins and leaves cost one frame per 250 ms, with a count for the names."""
+        async with self.client() as watcher:
+            await watcher.frame("presence")
+            started = time.monotonic()
+            clients = [self.client() for _ in range(100)]
+            await asyncio.gather(*(client.__aenter__() for client in clients))
+            await asyncio.gather(*(client.__aexit__() for client in clients[10:]))
+            frames = [await watcher.frame("presence")]
+            while frames[-1]["online"] != 11:
+                frames.append(await watcher.frame("presence"))
+            elapsed = time.monotonic() - started
+            self.assertLessEqual(len(frames), 1 + elapsed / 0.25)
+            self.assertRegex(frames[0]["content"], "^[0-9]+ people joined")
+            await asyncio.gather(*(client.__aexit__() for client in clients[:10]))
+
+    async def test_publish_that_refuses(self):
+        """Where publish raises Refused, the speaker alone gets an error that says why."""
+        refusal = chat.Refused("The broker is away. Try again.", id="a")
+        async with self.client() as client:
+            with mock.patch.object(self.room, "publish", side_effect=refusal):
+                await client.say("hello", id="a")
+                error = await client.frame("error", "message")
+            self.assertEqual((error["content"], error["id"]), (str(refusal), "a"))
+            await client.say("hello", id="a")
+            self.assertEqual(await client.contents(1), ["hello"])
+
+
+BAD_FRAMES = {
+    "binary": b'{"content": "hello"}',
+    "empty": "",
+    "no JSON": "hello",
+    "cut off": '{"content": "hel',
+    "null": "null",
+    "a number": "5",
+    "a string": '"\\ud800"',
+    "a list": '[{"content": "hello"}]',
+    "nested too deep": "[" * 10_000,
+    "objects nested too deep": '{"a":' * 5_000,
+    "a number too long": '{"content": ' + "9" * 5_000 + "}",
+    "no content": "{}",
+    "content null": '{"content": null}',
+    "content a number": '{"content": 5, "id": "mine"}',
+    "content a list": '{"content": ["hello"], "id": "mine"}',
+    "content blank": '{"content": " \\n\\t\\u3000", "id": "mine"}',
+    "content empty": '{"content": "", "id": "mine"}',
+    "content too long": json.dumps({"content": "a" * 2001, "id": "mine"}),
+    "content unpaired": '{"content": "\\ud800", "id": "mine"}',
+    "content unpaired low": '{"content": "a\\udfff", "id": "mine"}',
+    "id too long": json.dumps({"content": "hello", "id": "a" * 65}),
+    "id empty": '{"content": "hello", "id": ""}',
+    "id a number": '{"content": "hello", "id": 5}',
+    "id null": '{"content": "hello", "id": null}',
+    "id a list": '{"content": "hello", "id": ["a"]}',
+    "id unpaired": '{"content": "hello", "id": "\\ud800"}',
+}
+
+
+class BadInput(ServerCase):
+    async def test_bad_frames(self):
+        """Each kind of bad frame gets its sender alone an error, and the connection stays."""
+        async with self.client() as friend, self.client() as client:
+            for number, (kind, payload) in enumerate(BAD_FRAMES.items()):
+                with self.subTest(kind):
+                    await client.connection.send(payload)
+                    error = await client.frame("error", "message")
+                    self.assertEqual(error["type"], "error")
+                    self.assertRegex(error["content"], "^Send ")
+                    mine = isinstance(payload, str) and '"mine"' in payload
+                    self.assertEqual(error.get("id"), "mine" if mine else None)
+                    await friend.say(f"{number}")
+                    frame = await friend.frame("message", "error")
+                    self.assertEqual(frame["content"], f"{number}")
+                    self.assertEqual(await client.contents(1), [f"{number}"])
+
+    async def test_frame_too_long(self):
+        """A frame over 32 KiB closes the connection with 1009."""
+        async with self.client() as friend, self.client() as client:
+            await client.connection.send("x" * (32 * 1024))
+            await client.frame("error")
+            await client.connection.send("x" * (33 * 1024))
+            with self.assertRaises(websockets.ConnectionClosed) as closed:
+                await client.frame("error")
+            self.assertEqual(closed.exception.rcvd.code, 1009)
+            await friend.say("still here")
+            self.assertEqual(await friend.contents(1), ["still here"])
+
+    async def test_garbage(self):
+        """Bytes that are no HTTP request end with their connection; nobody else notices."""
+        tls_hello = bytes.fromhex("16030100050100000100")
+        garbage = [b"\r\n\r\n", b"hello\r\n\r\n", b"GET /ws\r\n\r\n", b"\x00" * 9000]
+        garbage += [
+            tls_hello + b"\n",
+            b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+            b"GET /" + b"a" * 9000,
+        ]
+        async with self.client() as friend:
+            for data in garbage:
+                with self.subTest(data[:9]):
+                    answer = await self.raw(data)
+                    self.assertRegex(answer, "^(HTTP/1.1 4[0-9][0-9] .*)?")
+                    await friend.say("hello")
+                    self.assertEqual(await friend.contents(1), ["hello"])
+
+    async def test_cut_off(self):
+        """A request or a frame that is cut off half-way leaves no trace."""
+        request = "GET /ws HTTP/1.1\r\nHost: a\r\n" + "".join(
+            f"{name.replace('_', '-')}: {value}\r\n" for name, value in UPGRADE.items()
+        )
+        whole = request.encode() + b"\r\n"
+        starts = [b"", b"GET", whole[:40], whole, whole + b"\x81", whole + b"\x81\x85abcdhe"]
+        async with self.client() as friend:
+            for data in starts:
+                with self.subTest(data[-9:]):
+                    _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                    writer.write(data)
+                    await writer.drain()
+                    writer.transport.abort()
+                    await friend.say("hello")
+                    self.assertEqual(await friend.contents(1), ["hello"])
+            await until(lambda: len(self.room.connections) == 1)
+
+    async def test_invalid_utf8(self):
+        """A text frame that is no UTF-8 closes the connection with 1007 (RFC 6455, 8.1)."""
+        async with self.client() as client:
+            await client.connection.send(b"\xff\xfe", text=True)
+            with self.assertRaises(websockets.ConnectionClosed) as closed:
+                await client.frame("error")
+            self.assertEqual(closed.exception.rcvd.code, 1007)
+
+    async def test_silent_client(self):
+        """A client that answers no ping in time is closed, and its name is free again."""
+        with mock.patch.object(chat, "PING_INTERVAL", 0.1):
+            server = await chat.start(self.room, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        request = f"GET /ws HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n" + "".join(
+            f"{name.replace('_', '-')}: {value}\r\n" for name, value in UPGRADE.items()
+        )
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"{request}\r\n".encode())
+        async with asyncio.timeout(PATIENCE):
+            received = await reader.read()
+        writer.close()
+        self.assertIn(b"\x89\x04", received)  # a ping
+        self.assertIn((1011).to_bytes(2), received)  # a close frame's code
+        await until(lambda: not self.room.names)
+        server.close()
+        await server.wait_closed()
+
+
+class Http(ServerCase):
+    async def test_page(self):
+        """GET / answers with the page and headers that let nothing else in."""
+        status, headers, body = await self.http("GET /")
+        self.assertEqual(status, 200)
+        self.assertEqual(body, (HERE / "index.html").read_text(encoding="utf-8"))
+        types = [value for name, value in headers if name.lower() == "content-type"]
+        self.assertEqual(types, ["text/html; charset=utf-8"])
+        fields = dict(headers)
+        self.assertEqual(fields["Content-Length"], str(len(body.encode())))
+        self.assertEqual(fields["X-Content-Type-Options"], "nosniff")
+        self.assertEqual(fields["Referrer-Policy"], "no-referrer")
+        self.assertEqual(fields["Cache-Control"], "no-store")
+        policy = fields["Content-Security-Policy"].split("; ")
+        self.assertIn("default-src 'none'", policy)
+        self.assertIn("frame-ancestors 'none'", policy)
+        self.assertIn("require-trusted-types-for 'script'", policy)
+        self.assertNotIn("unsafe", fields["Content-Security-Policy"])
+
+    async def test_query(self):
+        """A query does not hide the page."""
+        self.assertEqual((await self.http("GET /?lesson=1"))[0], 200)
+
+    async def test_head(self):
+        """HEAD answers as GET does, without the body."""
+        status, headers, body = await self.http("HEAD /")
+        self.assertEqual((status, body), (200, ""))
+        got = dict((await self.http("GET /"))[1])
+        self.assertEqual(dict(headers)["Content-Length"], got["Content-Length"])
+
+    async def test_not_found(self):
+        """Other paths answer 404, and neither dots nor brackets confuse them."""
+        for path in "/chat.py", "/wss", "/ws/", "//", "//[", "/../chat.py", "*", "/%2e%2e/":
+            with self.subTest(path):
+                self.assertEqual((await self.http(f"GET {path}"))[0], 404)
+
+    async def test_method_not_allowed(self):
+        """Methods other than GET and HEAD answer 405 and say which are allowed."""
+        for method in "POST", "PUT", "DELETE", "OPTIONS", "BREW":
+            for path in "/", "/ws", "/other":
+                with self.subTest(f"{method} {path}"):
+                    status, headers, _ = await self.http(f"{method} {path}")
+                    self.assertEqual(status, 405)
+                    self.assertEqual(dict(headers)["Allow"], "GET, HEAD")
+
+    async def test_upgrade_required(self):
+        """A plain GET of /ws answers 426."""
+        status, headers, _ = await self.http("GET /ws")
+        self.assertEqual((status, dict(headers)["Upgrade"]), (426, "websocket"))
+
+    async def test_own_origin(self):
+        """A page from this host and port may open a WebSocket."""
+        server = {"host": "127.0.0.1", "port": self.port, "proxy": None}
+        for host in f"127.0.0.1:{self.port}", "chat.example":
+            async with websockets.connect(
+                f"ws://{host}/ws", origin=f"http://{host}", **server
+            ) as connection:
+                self.assertEqual(json.loads(await connection.recv())["type"], "welcome")
+
+    async def test_other_origin(self):
+        """A page from any other host or port gets 403, and the way to put a proxy right."""
+        origins = ["http://evil.example", f"http://127.0.0.1:{self.port + 1}", "null", "", "x"]
+        origins += [f"http://127.0.0.1:{self.port}.evil.example", "http://[", "http://127.0.0.1"]
+        for origin in origins:
+            with self.subTest(origin):
+                status, _, body = await self.http("GET /ws", Origin=origin, **UPGRADE)
+                self.assertEqual(status, 403)
+                self.assertIn("Host", body)
+                self.assertIn("proxy", body)
+
+    async def test_repeated_headers(self):
+        """Headers that come twice are refused, not guessed at."""
+        headers = "Origin: http://a\r\nOrigin: http://127.0.0.1\r\nHost: 127.0.0.1\r\nHost: a"
+        request = f"GET /ws HTTP/1.1\r\n{headers}\r\n\r\n"
+        self.assertRegex(await self.raw(request.encode()), "^HTTP/1.1 403 ")
+
+
+class Crowd(ServerCase):
+    async def test_coming_and_going(self):
+        """200 clients that join, talk and leave at random leave an empty room."""
+        chance = random.Random(1)
+        deadline = time.monotonic() + float(os.environ.get("CHAT_CROWD_SECONDS", "2"))
+
+        async def visit(number):
+            while time.monotonic() < deadline:
+                async with self.client() as client:
+                    for _ in range(chance.randrange(4)):
+                        await client.say(f"{number}")
+                        await client.frame("message")
+                    if chance.random() < 0.3:
+                        client.connection.cut()
+
+        await asyncio.gather(*(visit(number) for number in range(200)))
+        await until(lambda: not self.room.connections)
+        self.assertEqual(self.room.names, set())  # asyncTearDown looks at tasks and logs
+
+    async def test_cut_connections(self):
+        """Over 50 cuts with resumption, a listener sees every message exactly once, in order."""
+        chance = random.Random(2)
+        said, heard, order = [], [], []
+        done = asyncio.Event()
+
+        async def hear(seen):
+            """Follow the conversation through many connections, until all was heard."""
+            while not done.is_set() or seen[-1] != said[-1]:
+                after = seen[-1] if seen else None
+                async with self.client(after=after) as client:
+                    self.assertFalse(client.welcome["gap"])
+                    seen += [message["id"] for message in client.welcome["history"]]
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(chance.uniform(0, 0.05)):
+                            while True:
+                                seen.append((await client.frame("message"))["id"])
+                    client.connection.cut()
+
+        async def speak():
+            """Say things, cut at random moments, and say again what did not come back."""
+            last, waiting = None, []
+            for cut in range(50):
+                async with self.client(after=last) as client:
+                    back = [message["id"] for message in client.welcome["history"]]
+                    waiting = [id for id in waiting if id not in back]
+                    last = back[-1] if back else last
+                    new = [f"{cut}-{number}" for number in range(chance.randrange(4))]
+                    said.extend(new)
+                    waiting += new
+                    for id in waiting:
+                        await client.say("hello", id=id)
+                    for _ in range(chance.randrange(len(waiting) + 1)):
+                        last = (await client.frame("message"))["id"]
+                        waiting.remove(last)
+                    client.connection.cut()
+            async with self.client(after=last) as client:
+                back = [message["id"] for message in client.welcome["history"]]
+                waiting = [id for id in waiting if id not in back]
+                for id in waiting:
+                    await client.say("hello", id=id)
+                while waiting:
+                    waiting.remove((await client.frame("message"))["id"])
+            done.set()
+
+        async with self.client() as witness:
+            listening = [asyncio.create_task(hear(heard))]
+            await speak()
+            order = [(await witness.frame("message"))["id"] for _ in said]
+            await asyncio.gather(*listening)
+        self.assertEqual(sorted(order), sorted(said))
+        self.assertEqual(heard, order)
+
+
+class CommandLine(unittest.TestCase):
+    """`python chat.py` as a user runs it."""
+
+    def start(self, *options, program=HERE / "chat.py", **more):
+        """Start the program; return its process, which ends with the test."""
+        process = subprocess.Popen(
+            [sys.executable, program, *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **more,
+        )
+        self.addCleanup(process.wait)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.kill)
+        return process
+
+    def start_serving(self, *options, **more):
+        """Start the program on a free port; return its process, port and first lines."""
+        process = self.start("--port", "0", *options, **more)
+        lines = [process.stdout.readline()]
+        while "Ctrl-C" not in lines[-1]:
+            self.assertTrue(lines[-1], "the server did not start")
+            lines.append(process.stdout.readline())
+        return process, int(re.search(r":(\d+)", lines[0])[1]), "".join(lines)
+
+    def assert_gives_up(self, process, *words):
+        """It must exit with status 1 after one line that says what is wrong and what to do."""
+        out, complaint = process.communicate(timeout=PATIENCE)
+        self.assertEqual((process.returncode, out, complaint.count("\n")), (1, "", 1))
+        for word in words:
+            self.assertIn(word, complaint)
+
+    def test_says_what_to_open(self):
+        """It prints the address to open and how to stop."""
+        _, port, said = self.start_serving()
+        self.assertEqual(
+            said, f"Open http://localhost:{port} in two tabs.\nCtrl-C stops the chat.\n"
+        )
+        with socket.create_connection(("localhost", port), PATIENCE):
+            pass
+
+    def test_says_what_to_open_elsewhere(self):
+        """With all addresses, it also prints one that other devices can open, if there is one."""
+        _, port, said = self.start_serving("--host", "0.0.0.0")
+        self.assertIn(f"http://localhost:{port} ", said)
+        address = chat.lan_address(socket.AF_INET)
+        self.assertEqual(f"open http://{address}:{port}\n" in said, address is not None)
+
+    def test_ipv6_address(self):
+        """An IPv6 address is printed in brackets, as browsers need it (RFC 3986, 3.2.2)."""
+        self.assertEqual(chat.url("::1", 80), "http://[::1]:80")
+
+    def test_port_in_use(self):
+        """A port in use ends it with a line that names the way out."""
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            process = self.start("--host", "127.0.0.1", "--port", port)
+            self.assert_gives_up(process, port, "in use", "--port")
+
+    def test_bad_host(self):
+        """A host that is not here ends it with a line that names the way out."""
+        for host in "no.such.host.invalid", "a..b", "192.0.2.1":
+            with self.subTest(host):
+                self.assert_gives_up(self.start("--host", host), host, "--host")
+
+    def test_bad_port(self):
+        """A port that no machine has ends it with a line that names the way out."""
+        self.assert_gives_up(self.start("--port", "65536"), "65536", "--port")
+
+    def test_missing_page(self):
+        """Without index.html it says where to put it."""
+        with tempfile.TemporaryDirectory() as folder:
+            program = shutil.copy(HERE / "chat.py", folder)
+            self.assert_gives_up(self.start(program=program), "index.html", folder)
+
+    def assert_stops(self, number, **more):
+        """It must stop at this signal at once, with 1001 for the tabs and not a word."""
+        process, port, _ = self.start_serving(**more)
+
+        async def follow():
+            async with Client(port) as client:
+                process.send_signal(number)
+                with self.assertRaises(websockets.ConnectionClosed) as closed:
+                    while True:
+                        await client.frame()
+                return closed.exception.rcvd.code
+
+        self.assertEqual(asyncio.run(follow()), 1001)
+        started = time.monotonic()
+        self.assertEqual(process.communicate(timeout=PATIENCE), ("", ""))
+        self.assertEqual(process.returncode, 0)
+        self.assertLess(time.monotonic() - started, 2)
+
+    @unittest.skipIf(sys.platform == "win32", "Windows has no signal to send here")
+    def test_stop_signals(self):
+        """SIGINT and SIGTERM stop it, also where SIGINT comes ignored as from a shell's &."""
+        ignoring = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+        for number in signal.SIGINT, signal.SIGTERM:
+            for how in {}, ignoring:
+                with self.subTest(number, how=how):
+                    self.assert_stops(number, **how)
+
+    @unittest.skipIf(sys.platform == "win32", "Windows has no signal to send here")
+    def test_stops_in_time(self):
+        """It stops within 2 s though one tab answers nothing and another never shook hands."""
+        process, port, _ = self.start_serving()
+        request = "".join(
+            f"{name.replace('_', '-')}: {value}\r\n" for name, value in UPGRADE.items()
+        )
+        with (
+            socket.create_connection(("localhost", port), PATIENCE) as mute,
+            socket.create_connection(("localhost", port), PATIENCE),
+        ):
+            mute.sendall(f"GET /ws HTTP/1.1\r\nHost: localhost\r\n{request}\r\n".encode())
+            while b"welcome" not in mute.recv(4096):
+                pass
+            started = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.communicate(timeout=PATIENCE), ("", ""))
+            self.assertEqual(process.returncode, 0)
+            self.assertLess(time.monotonic() - started, 2)
+
+    def test_debug(self):
+        """--debug shows the handshake and each frame; nothing of it without the flag."""
+        for options in ["--debug"], []:
+            with self.subTest(options):
+                process, port, _ = self.start_serving(*options)
+
+                async def talk(port):
+                    async with Client(port) as client:
+                        await client.say("hello")
+                        await client.contents(1)
+
+                asyncio.run(talk(port))
+                process.kill()
+                _, log = process.communicate(timeout=PATIENCE)
+                if not options:
+                    self.assertEqual(log, "")
+                for sign in "< GET /ws HTTP/1.1", "< TEXT", "> TEXT", "< CLOSE", "> CLOSE":
+                    self.assertEqual(sign in log, bool(options), sign)
+
+
+class Files(unittest.TestCase):
+    def test_requirements(self):
+        """requirements.txt and the head of chat.py (PEP 723) name the same dependencies."""
+        source = (HERE / "chat.py").read_text(encoding="utf-8")
+        head = re.search(r"^# /// script\n(.*?)^# ///$", source, re.MULTILINE | re.DOTALL)[1]
+        metadata = tomllib.loads(re.sub("^# ?", "", head, flags=re.MULTILINE))
+        required = (HERE / "requirements.txt").read_text(encoding="utf-8").split()
+        self.assertEqual(metadata["dependencies"], required)
+        self.assertEqual(metadata["requires-python"], ">=3.11")
+
+
+# In a real browser
+
+
+def find_browser():
+    """Return the path of a Chromium, or skip the test."""
+    names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "msedge"]
+    places = [
+        "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+        "/Applications/Chromium.app/Contents/MacOS/Chromium",
+        "/Applications/Microsoft Edge.app/Contents/MacOS/Microsoft Edge",
+        r"C:\Program Files\Google\Chrome\Application\chrome.exe",
+        r"C:\Program Files (x86)\Microsoft\Edge\Application\msedge.exe",
+    ]
+    for candidate in [os.environ.get("CHROME", ""), *names, *places]:
+        if path := shutil.which(candidate):
+            return path
+    return skip("no Chromium found: install Chromium or Chrome, or set CHROME to its path")
+
+
+class Browser:
+    """A headless Chromium; `url` is where its DevTools listen."""
+
+    FLAGS = (
+        "--headless --remote-debugging-port=0 --disable-background-networking --disable-gpu "
+        "--disable-component-update --disable-sync --no-first-run --disable-quic "
+        "--disable-dev-shm-usage"
+    )
+
+    def __init__(self):
+        path = find_browser()
+        self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        command = [path, *self.FLAGS.split(), f"--user-data-dir={self.profile.name}"]
+        if hasattr(os, "geteuid") and os.geteuid() == 0:
+            command.append("--no-sandbox")  # which does not work for root
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        lines = iter(self.process.stderr.readline, "")
+        self.url = next(line.split()[-1] for line in lines if "DevTools listening" in line)
+
+    def close(self):
+        self.process.terminate()
+        self.process.communicate()
+        self.profile.cleanup()
+
+
+class Tab:
+    """A browser tab, driven over https://chromedevtools.github.io/devtools-protocol/."""
+
+    def __init__(self, browser, url):
+        self.browser, self.url, self.ids = browser, url, itertools.count()
+        self.answers, self.events = {}, []
+
+    async def __aenter__(self):
+        async with websockets.connect(self.browser.url, proxy=None) as self.devtools:
+            reading = asyncio.create_task(self.read())
+            target = await self.call("Target.createTarget", url="about:blank", newWindow=True)
+        await reading
+        url = self.browser.url.partition("/devtools/")[0] + "/devtools/page/" + target["targetId"]
+        self.devtools = await websockets.connect(url, proxy=None, max_size=None)
+        self.reading = asyncio.create_task(self.read())
+        for domain in "Page", "Runtime", "Log", "Network":
+            await self.call(f"{domain}.enable")
+        await self.call("Page.navigate", url=self.url)
+        await self.until("document.readyState === 'complete'")
+        return self
+
+    async def __aexit__(self, *_):
+        await self.send("Page.close")  # which may take the connection with it, unanswered
+        await self.reading
+
+    async def read(self):
+        with contextlib.suppress(websockets.ConnectionClosedError):
+            async for payload in self.devtools:
+                said = json.loads(payload)
+                if "id" in said:
+                    self.answers.pop(said["id"]).set_result(said)
+                else:
+                    self.events.append(said)
+
+    async def send(self, method, **params):
+        """Call a method of the protocol; return the future of its answer."""
+        id = next(self.ids)
+        answer = self.answers[id] = asyncio.get_running_loop().create_future()
+        await self.devtools.send(json.dumps({"id": id, "method": method, "params": params}))
+        return answer
+
+    async def call(self, method, **params):
+        """Call a method of the protocol; return its result."""
+        async with asyncio.timeout(PATIENCE):
+            return (await (await self.send(method, **params)))["result"]
+
+    async def evaluate(self, expression):
+        """Return the value of a JavaScript expression, awaited where it is a promise."""
+        more = {"returnByValue": True, "awaitPromise": True}
+        answer = await self.call("Runtime.evaluate", expression=expression, **more)
+        if "exceptionDetails" in answer:
+            raise AssertionError(f"{expression}: {answer['exceptionDetails']}")
+        return answer["result"].get("value")
+
+    async def until(self, expression):
+        """Wait until a JavaScript expression is true."""
+        try:
+            async with asyncio.timeout(PATIENCE):
+                while not await self.evaluate(expression):
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            raise AssertionError(f"never true: {expression}") from None
+
+    async def type(self, text):
+        """Type into what has the focus; a line feed presses Enter."""
+        for line in re.split("(\n)", text):
+            if line == "\n":
+                key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
+                await self.call("Input.dispatchKeyEvent", type="keyDown", **key)
+                await self.call("Input.dispatchKeyEvent", type="keyUp", **key)
+            elif line:
+                await self.call("Input.insertText", text=line)
+
+    def problems(self):
+        """Return what the console complained of: errors and policy violations."""
+        noise = {"Runtime.exceptionThrown", "Log.entryAdded"}
+        return [event for event in self.events if event["method"] in noise]
+
+
+class BrowserCase(ServerCase):
+    """A server for each test and one browser for all."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.browser = Browser()
+        cls.addClassCleanup(cls.browser.close)
+
+    def tab(self):
+        return Tab(self.browser, f"http://127.0.0.1:{self.port}/")
+
+
+SHOWN = "[...document.querySelectorAll('#messages li[data-id]')].map(li => li.lastChild.data)"
+
+
+class Page(BrowserCase):
+    async def test_two_tabs(self):
+        """Two tabs see what each other sends, markup as text, and the console stays silent."""
+        said = ["hello", "<img src=x onerror=alert(1)>", "<script>alert(1)</script> &amp;"]
+        async with self.tab() as first, self.tab() as second:
+            for tab, text in zip((first, second, first), said, strict=True):
+                await tab.until("document.querySelector('#status').dataset.state === 'online'")
+                await tab.type(text + "\n")
+                for other in first, second:
+                    await other.until(f"{SHOWN}.includes({json.dumps(text)})")
+            for tab in first, second:
+                self.assertEqual(await tab.evaluate(SHOWN), said)
+                self.assertEqual(await tab.evaluate("document.images.length"), 0)
+                self.assertEqual(tab.problems(), [])
+                self.assertEqual(
+                    await tab.evaluate("document.querySelector('#online').textContent"), "2"
+                )
