@@ -916,6 +916,4 @@ class Page(BrowserCase):
                 self.assertEqual(await tab.evaluate(SHOWN), said)
                 self.assertEqual(await tab.evaluate("document.images.length"), 0)
                 self.assertEqual(tab.problems(), [])
-                self.assertEqual(
-                    await tab.evaluate("document.querySelector('#online').textContent"), "2"
-                )
+                await tab.until("document.querySelector('#online').textContent === '2'")
