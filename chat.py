@@ -36,13 +36,20 @@ import re
 import signal
 import socket
 import sys
+import time
 import uuid
 from base64 import b64encode
+from collections import deque
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import cast
 from urllib.parse import parse_qs
 
 import websockets
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
 
 # Limits
 
@@ -52,9 +59,22 @@ MAX_FRAME = 32 * 1024  # bytes: MAX_CONTENT at 12 a character ("\ud83d\ude00"), 
 REMEMBERED = 50  # messages, for newcomers and for those who were away: a screen or two
 PRESENCE_INTERVAL = 0.25  # seconds: a thousand joins at once cost a tab four frames a second
 PING_INTERVAL = 20  # seconds of silence, and again to answer: proxies cut idle connections at 60
-MAX_HELD = 16 * 1024  # bytes held for one connection until a turn of the event loop ends
+MESSAGES_PER_SECOND = 20  # from one connection: nobody types faster, pages resend at once
+SPARE_DESCRIPTORS = 32  # files and sockets not left to connections: pages, newcomers, the log
+LISTEN_BACKLOG = 256  # connections that wait to be accepted: a lecture hall that reloads at once
+MAX_HELD = 16 * 1024  # bytes held for a connection until the event loop's turn ends
+MAX_BACKLOG = 1024 * 1024  # bytes a connection leaves unread: the longest welcome takes 600 KB
 CLOSE_TIMEOUT = 1  # seconds that a tab has to answer a close frame
 STOP_TIMEOUT = 1.5  # seconds that all have when the server stops, half-open ones included
+
+
+def most_connections() -> int:
+    """Return how many connections the file descriptors allow; Windows has no such limit."""
+    if resource is None:
+        return sys.maxsize
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft - SPARE_DESCRIPTORS
+
 
 # Frames
 
@@ -119,6 +139,7 @@ class Room:
         self.announced: set[str] = set()  # the names at the time of the last presence frame
         self.announcing = False  # whether the next one is due
         self.history: dict[str, Frame] = {}  # messages by id, the oldest first
+        self.capacity = most_connections()
 
     def join(self, connection: websockets.ServerConnection, after: str | None) -> str:
         """Welcome a connection with what was said after that id; return its name.
@@ -184,15 +205,20 @@ class Room:
 
 async def converse(room: Room, connection: websockets.ServerConnection) -> None:
     """Run one connection from its welcome to its end."""
+    if len(room.connections) >= room.capacity:
+        await connection.close(1013, "The room is full. Try again in a minute.")
+        return
     request = cast(websockets.Request, connection.request)  # there is one after the handshake
     after = parse_qs(request.path.partition("?")[2]).get("after", [None])[0]
     name = room.join(connection, after)
+    spoke: deque[float] = deque(maxlen=MESSAGES_PER_SECOND)  # when, in seconds
     try:
         async for payload in connection:
+            await wait_for_turn(spoke)
             try:
                 id, content = parse(payload)
-                time = datetime.now(UTC).isoformat(timespec="milliseconds")
-                await room.publish(frame("message", name, content, id=id, time=time))
+                now = datetime.now(UTC).isoformat(timespec="milliseconds")
+                await room.publish(frame("message", name, content, id=id, time=now))
             except Refused as refused:
                 error = frame("error", "server", str(refused), **refused.about)
                 await connection.send(encode(error))
@@ -200,6 +226,17 @@ async def converse(room: Room, connection: websockets.ServerConnection) -> None:
         pass  # tabs vanish without a close frame every day
     finally:
         room.leave(connection, name)
+
+
+async def wait_for_turn(spoke: deque[float]) -> None:
+    """Return when less than MESSAGES_PER_SECOND times in `spoke` are younger than a second.
+
+    Meanwhile nothing is read, so what comes faster waits in order, in the kernel and the client.
+    """
+    now = time.monotonic()
+    if len(spoke) == MESSAGES_PER_SECOND and now - spoke[0] < 1:
+        await asyncio.sleep(spoke[0] + 1 - now)
+    spoke.append(time.monotonic())
 
 
 # The page over HTTP
@@ -265,33 +302,42 @@ def same_origin(headers: websockets.Headers) -> bool:
 
 
 class Connection(websockets.ServerConnection):
-    """A connection to which all frames of one turn of the event loop go in one write."""
+    """A connection that is written to once in a turn of the event loop, and never waited for."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(cast(asyncio.Transport, GatheringTransport(transport)))
+        gathering = GatheringTransport(cast(asyncio.Transport, transport))
+        super().connection_made(cast(asyncio.Transport, gathering))
+
+    def pause_writing(self) -> None:
+        """Cut the connection off; asyncio calls this when MAX_BACKLOG waits to be sent."""
+        super().pause_writing()
+        name, backlog = f"Port{self.remote_address[1]}", f"{MAX_BACKLOG:,} bytes"
+        logging.warning("%s reads too slowly: cut off with %s unsent", name, backlog)
+        self.transport.abort()
 
 
 class GatheringTransport:
     """Holds what is written to a transport until the turn of the event loop ends.
 
     To hundreds of connections the kernel's send() is most of the cost of a message, and for
-    ten frames it costs as much as for one. All but writing is left to the transport itself.
+    ten frames it costs little more than for one. All but writing is the transport's own.
     """
 
-    __slots__ = ("held", "held_size", "transport")
-
-    def __init__(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
         self.held: list[bytes] = []
         self.held_size = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.transport, name)
+        for name in TRANSPORT_METHODS - vars(GatheringTransport).keys():
+            # (__getattr__ would slow down the way to `held` as well.)
+            setattr(self, name, getattr(transport, name))
 
     def write(self, data: bytes) -> None:
+        global newest
+        if data != newest:
+            newest = data
         if not self.held:
             asyncio.get_running_loop().call_soon(self.flush)
-        self.held.append(data)
+        self.held.append(newest)  # the same bytes for all connections, not a copy for each
         self.held_size += len(data)
         if self.held_size > MAX_HELD:
             self.flush()
@@ -310,6 +356,10 @@ class GatheringTransport:
         self.transport.close()
 
 
+newest = b""  # what was written last, to any connection
+TRANSPORT_METHODS = {name for name in dir(asyncio.Transport) if not name.startswith("_")}
+
+
 # Starting and stopping
 
 
@@ -323,12 +373,14 @@ async def start(room: Room, host: str, port: int) -> websockets.Server:
         host,
         port,
         process_request=functools.partial(answer, page),
+        backlog=LISTEN_BACKLOG,
         create_connection=Connection,
         compression=None,  # it would compress every message again for every tab
         ping_interval=PING_INTERVAL,
         ping_timeout=PING_INTERVAL,
         close_timeout=CLOSE_TIMEOUT,
         max_size=MAX_FRAME,
+        write_limit=MAX_BACKLOG,
     )
 
 
