@@ -102,6 +102,7 @@ class ServerCase(unittest.IsolatedAsyncioTestCase):
         complain.emit = lambda record: self.complaints.append(record.getMessage())
         logging.getLogger().addHandler(complain)
         self.addCleanup(logging.getLogger().removeHandler, complain)
+        asyncio.get_running_loop().slow_callback_duration = PATIENCE  # slow is not wrong
         self.room = chat.Room()
         self.server = await chat.start(self.room, "127.0.0.1", 0)
         self.port = self.server.sockets[0].getsockname()[1]
@@ -832,20 +833,16 @@ class Load(ServerCase):
             self.assertLess(times[-1] - times[0], 0.9)
 
 
-class CommandLine(unittest.TestCase):
-    """`python chat.py` as a user runs it."""
+class ProgramCase(unittest.TestCase):
+    """Runs `python chat.py` as a user does."""
 
-    def start(self, *options, program=HERE / "chat.py", shell_first=None, **more):
+    def start(self, *options, program=HERE / "chat.py", shell_first=None):
         """Start the program; return its process, which ends with the test."""
         command = [sys.executable, program, *options]
         if shell_first:
             command = ["sh", "-c", f'{shell_first}; exec "$@"', "sh", *command]
         process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            **more,
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         self.addCleanup(process.wait)
         self.addCleanup(process.stdout.close)
@@ -853,15 +850,17 @@ class CommandLine(unittest.TestCase):
         self.addCleanup(process.kill)
         return process
 
-    def start_serving(self, *options, **more):
-        """Start the program on a free port; return its process, port and first lines."""
-        process = self.start("--port", "0", *options, **more)
+    def start_serving(self, *options, port=0, **more):
+        """Start the program; return its process, its port and the lines it begins with."""
+        process = self.start("--port", f"{port}", *options, **more)
         lines = [process.stdout.readline()]
         while "Ctrl-C" not in lines[-1]:
             self.assertTrue(lines[-1], "the server did not start")
             lines.append(process.stdout.readline())
         return process, int(re.search(r":(\d+)", lines[0])[1]), "".join(lines)
 
+
+class CommandLine(ProgramCase):
     def assert_gives_up(self, process, *words):
         """It must exit with status 1 after one line that says what is wrong and what to do."""
         out, complaint = process.communicate(timeout=PATIENCE)
@@ -1072,6 +1071,7 @@ class Browser:
         path = find_browser()
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         command = [path, *self.FLAGS.split(), f"--user-data-dir={self.profile.name}"]
+        command.append("--host-resolver-rules=MAP chat.example 127.0.0.1")
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             command.append("--no-sandbox")  # which does not work for root
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -1087,14 +1087,19 @@ class Browser:
 class Tab:
     """A browser tab, driven over https://chromedevtools.github.io/devtools-protocol/."""
 
-    def __init__(self, browser, url):
+    def __init__(self, browser, url, ready=None, opener=None):
+        """`ready` is the JavaScript to wait for; with an opener the tab hides that one."""
         self.browser, self.url, self.ids = browser, url, itertools.count()
+        self.ready = ready or (ONLINE if url.startswith("http") else "true")
+        self.new_window = opener is None
         self.answers, self.events = {}, []
 
     async def __aenter__(self):
         async with websockets.connect(self.browser.url, proxy=None) as self.devtools:
             reading = asyncio.create_task(self.read())
-            target = await self.call("Target.createTarget", url="about:blank", newWindow=True)
+            target = await self.call(
+                "Target.createTarget", url="about:blank", newWindow=self.new_window
+            )
         await reading
         url = self.browser.url.partition("/devtools/")[0] + "/devtools/page/" + target["targetId"]
         self.devtools = await websockets.connect(url, proxy=None, max_size=None)
@@ -1102,7 +1107,7 @@ class Tab:
         for domain in "Page", "Runtime", "Log", "Network":
             await self.call(f"{domain}.enable")
         await self.call("Page.navigate", url=self.url)
-        await self.until("document.readyState === 'complete'")
+        await self.until(f"document.readyState === 'complete' && {self.ready}")
         return self
 
     async def __aexit__(self, *_):
@@ -1151,11 +1156,48 @@ class Tab:
         """Type into what has the focus; a line feed presses Enter."""
         for line in re.split("(\n)", text):
             if line == "\n":
-                key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
-                await self.call("Input.dispatchKeyEvent", type="keyDown", **key)
-                await self.call("Input.dispatchKeyEvent", type="keyUp", **key)
+                await self.press("Enter")
             elif line:
                 await self.call("Input.insertText", text=line)
+
+    async def press(self, key, **more):
+        """Press and release a key."""
+        code = {"Backspace": 8, "Tab": 9, "Enter": 13, " ": 32}[key]
+        more |= {"key": key, "windowsVirtualKeyCode": code}
+        text = {"text": "\r"} if key == "Enter" else {}
+        await self.call("Input.dispatchKeyEvent", type="keyDown", **more, **text)
+        await self.call("Input.dispatchKeyEvent", type="keyUp", **more)
+
+    async def click(self, selector):
+        """Click the middle of an element."""
+        middle = "(b => [b.x + b.width / 2, b.y + b.height / 2])(e.getBoundingClientRect())"
+        x, y = (await self.evaluate(look(selector, middle)))[0]
+        for type in "mousePressed", "mouseReleased":
+            mouse = {"x": x, "y": y, "button": "left", "clickCount": 1}
+            await self.call("Input.dispatchMouseEvent", type=type, **mouse)
+
+    async def reload(self):
+        await self.evaluate("window.stale = true")
+        await self.call("Page.reload")
+        await self.until(f"!window.stale && document.readyState === 'complete' && {self.ready}")
+
+    async def offline(self, yes):
+        """Cut the tab off from the network, or connect it again."""
+        throughput = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        await self.call("Network.emulateNetworkConditions", offline=yes, **throughput)
+
+    async def size(self, width, height):
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        await self.call("Emulation.setDeviceMetricsOverride", **metrics)
+
+    def seen(self, method):
+        """Return the events of one kind, so far."""
+        return [event for event in self.events if event["method"] == method]
+
+    def sent(self):
+        """Return the frames that the page sent, so far."""
+        frames = self.seen("Network.webSocketFrameSent")
+        return [json.loads(frame["params"]["response"]["payloadData"]) for frame in frames]
 
     def problems(self):
         """Return what the console complained of: errors and policy violations."""
@@ -1163,13 +1205,19 @@ class Tab:
         return [event for event in self.events if event["method"] in noise]
 
 
-class BrowserCase(ServerCase):
-    """A server for each test and one browser for all."""
+@functools.cache
+def shared_browser():
+    """Return the browser that all tests share; each has its own tabs."""
+    browser = Browser()
+    unittest.addModuleCleanup(browser.close)
+    return browser
 
-    @classmethod
-    def setUpClass(cls):
-        cls.browser = Browser()
-        cls.addClassCleanup(cls.browser.close)
+
+class BrowserCase(ServerCase):
+    """A server of its own for each test, looked at through a browser."""
+
+    def setUp(self):
+        self.browser = shared_browser()
 
     async def asyncTearDown(self):
         # Browsers keep a spare connection on which nothing was asked yet: do not wait for it.
@@ -1177,11 +1225,44 @@ class BrowserCase(ServerCase):
         await until(lambda: not self.room.connections)
         self.assertEqual(self.complaints, [])
 
-    def tab(self):
-        return Tab(self.browser, f"http://127.0.0.1:{self.port}/")
+    def tab(self, **options):
+        return Tab(self.browser, f"http://127.0.0.1:{self.port}/", **options)
+
+    def fill(self, count, start=0):
+        """Deliver many messages."""
+        for number in range(start, start + count):
+            now = datetime.now(UTC).isoformat()
+            message = chat.frame("message", "Port1", f"{number}", id=f"{number}", time=now)
+            self.room.deliver(message)
 
 
-SHOWN = "[...document.querySelectorAll('#messages .text')].map(text => text.textContent)"
+def look(selector, what):
+    """Return the JavaScript that lists what the elements of that selector show."""
+    return f"[...document.querySelectorAll({json.dumps(selector)})].map(e => {what})"
+
+
+def says(selector, text):
+    """Return the JavaScript that tells whether an element contains a text."""
+    return f"document.querySelector({json.dumps(selector)}).innerText.includes({json.dumps(text)})"
+
+
+TEXTS = look("#messages .text", "e.textContent")
+IDS = look("#messages li[data-id]", "e.dataset.id")
+STATES = look("#messages [data-kind=own]", "e.dataset.state")
+ONLINE = "document.querySelector('#status').dataset.state === 'online'"
+OFFLINE = "document.querySelector('#status').dataset.state === 'reconnecting'"
+
+
+class HoldingRoom(chat.Room):
+    """A room whose messages wait in `publish` until they are let through."""
+
+    def __init__(self):
+        super().__init__()
+        self.open = asyncio.Event()
+
+    async def publish(self, message):
+        await self.open.wait()
+        await super().publish(message)
 
 
 class Page(BrowserCase):
@@ -1190,12 +1271,513 @@ class Page(BrowserCase):
         said = ["hello", "<img src=x onerror=alert(1)>", "<script>alert(1)</script> &amp;"]
         async with self.tab() as first, self.tab() as second:
             for tab, text in zip((first, second, first), said, strict=True):
-                await tab.until("document.querySelector('#status').dataset.state === 'online'")
                 await tab.type(text + "\n")
                 for other in first, second:
-                    await other.until(f"{SHOWN}.includes({json.dumps(text)})")
+                    await other.until(f"{TEXTS}.includes({json.dumps(text)})")
             for tab in first, second:
-                self.assertEqual(await tab.evaluate(SHOWN), said)
+                self.assertEqual(await tab.evaluate(TEXTS), said)
                 self.assertEqual(await tab.evaluate("document.images.length"), 0)
                 self.assertEqual(tab.problems(), [])
                 await tab.until("document.querySelector('#online').textContent === '2'")
+
+    async def test_one_request(self):
+        """The page takes one HTTP request and one WebSocket, and has less than 40 KB."""
+        async with self.tab() as tab:
+            events = [event for event in tab.events if event["method"].startswith("Network.")]
+            requests = [
+                event["params"]["request"]["url"]
+                for event in events
+                if event["method"] == "Network.requestWillBeSent"
+                and not event["params"]["request"]["url"].startswith("data:")
+            ]
+            self.assertEqual(requests, [tab.url])
+            self.assertEqual(len(tab.seen("Network.webSocketCreated")), 1)
+        self.assertLess((HERE / "index.html").stat().st_size, 40_000)
+
+    async def test_waiting_and_delivered(self):
+        """A message shows at once as waiting, and as delivered when it comes back."""
+        self.room.__class__ = HoldingRoom
+        self.room.open = asyncio.Event()
+        async with self.tab() as tab:
+            await tab.type("hello\n")
+            await tab.until(f"{STATES}[0] === 'waiting'")
+            self.assertTrue(await tab.evaluate(says("#messages [data-kind=own]", "waiting")))
+            self.room.open.set()
+            await tab.until(f"{STATES}[0] === 'delivered'")
+            self.assertTrue(await tab.evaluate(says("#messages [data-kind=own]", "delivered")))
+            self.assertEqual(await tab.evaluate(TEXTS), ["hello"])
+
+    async def test_waiting_below(self):
+        """What waits stands below all that is delivered, and moves to its place in their order."""
+        self.room.__class__ = HoldingRoom
+        self.room.open = asyncio.Event()
+        async with self.tab() as tab:
+            await tab.type("mine\n")
+            await tab.until(f"{STATES}[0] === 'waiting'")
+            self.fill(1)
+            await tab.until(f"{TEXTS}.length === 2")
+            self.assertEqual(await tab.evaluate(TEXTS), ["0", "mine"])
+            self.room.open.set()
+            await tab.until(f"{STATES}[0] === 'delivered'")
+            self.assertEqual(await tab.evaluate(TEXTS), ["0", "mine"])
+
+    async def test_in_flight(self):
+        """At most 20 messages are under way at once; the rest waits for echoes."""
+        self.room.__class__ = HoldingRoom
+        self.room.open = asyncio.Event()
+        async with self.tab() as tab:
+            said = [f"{number}" for number in range(25)]
+            for text in said:
+                await tab.type(text + "\n")
+            await tab.until(f"{STATES}.length === 25")
+            self.assertEqual([frame["content"] for frame in tab.sent()], said[:20])
+            self.room.open.set()
+            await tab.until(f"{STATES}.every(state => state === 'delivered')")
+            self.assertEqual(await tab.evaluate(TEXTS), said)
+            self.assertEqual([frame["content"] for frame in tab.sent()], said)
+
+    async def test_half_open(self):
+        """A connection that gives no sign for 5 s though an answer is due is dead: the page
+        reconnects, is shown what it missed and sends again only what did not get through.
+        """
+        async with self.tab() as tab, self.client() as friend:
+            await tab.type("before\n")
+            await tab.until(f"{STATES}[0] === 'delivered'")
+            await tab.offline(True)
+            await friend.say("missed")
+            await tab.type("typed offline\n")
+            await tab.until(f"{STATES}[1] === 'waiting'")
+            await tab.until(OFFLINE)
+            self.assertEqual(len(tab.seen("Network.webSocketCreated")), 1)
+            await tab.offline(False)
+            await tab.until(f"{STATES}[1] === 'delivered'")
+            self.assertEqual(await tab.evaluate(TEXTS), ["before", "missed", "typed offline"])
+            self.assertEqual(await friend.contents(3), ["before", "missed", "typed offline"])
+            self.assertEqual([f["content"] for f in tab.sent()].count("before"), 1)
+
+    async def test_cuts(self):
+        """Over ten cuts while two tabs talk, both show all messages once, in the same order,
+        and never hold more than one connection each.
+        """
+        chance = random.Random(3)
+        async with self.tab() as first, self.tab() as second:
+            said = []
+            for cut in range(10):
+                for tab in first, second:
+                    for number in range(2):
+                        said.append(f"{cut} {number} {tab is first}")
+                        await tab.type(said[-1] + "\n")
+                self.assertLessEqual(len(self.room.connections), 2)
+                for connection in list(self.room.connections)[: chance.randint(1, 2)]:
+                    connection.transport.abort()
+                for tab in first, second:
+                    if chance.random() < 0.5:
+                        await tab.evaluate("document.querySelector('#now').click()")
+            for tab in first, second:
+                await tab.until(f"{TEXTS}.length >= {len(said)}")
+                await tab.until(f"{STATES}.every(state => state === 'delivered')")
+            order = await first.evaluate(TEXTS)
+            self.assertEqual(sorted(order), sorted(said))
+            self.assertEqual(await second.evaluate(TEXTS), order)
+
+    async def test_reload(self):
+        """Two waiting messages and the draft survive a reload."""
+        self.room.__class__ = HoldingRoom
+        self.room.open = asyncio.Event()
+        async with self.tab() as tab:
+            await tab.type("one\ntwo\nthree")
+            await tab.until(f"{STATES}.length === 2")
+            before = await tab.evaluate(IDS)
+            await tab.reload()
+            await tab.until(f"{STATES}.length === 2")
+            draft = "document.querySelector('#draft').value"
+            self.assertEqual(await tab.evaluate(draft), "three")
+            self.room.open.set()
+            await tab.until(f"{STATES}.every(state => state === 'delivered')")
+            self.assertEqual(await tab.evaluate(TEXTS), ["one", "two"])
+            self.assertEqual(await tab.evaluate(IDS), before)
+
+    async def test_reload_keeps_own(self):
+        """After a reload, what this tab said is still shown as its own."""
+        async with self.tab() as tab, self.client() as other:
+            await other.say("theirs")
+            await tab.type("mine\n")
+            await tab.until(f"{TEXTS}.length === 2 && {STATES}[0] === 'delivered'")
+            await tab.reload()
+            await tab.until(f"{TEXTS}.length === 2")
+            kinds = look(
+                "#messages [data-id]", "e.dataset.kind + e.querySelector('.text').innerText"
+            )
+            self.assertEqual(sorted(await tab.evaluate(kinds)), ["othertheirs", "ownmine"])
+
+    async def test_plain_http(self):
+        """It also works over plain HTTP from another host, where the browser withholds a lot."""
+        url = f"http://chat.example:{self.port}/"
+        async with Tab(self.browser, url) as tab:
+            self.assertFalse(await tab.evaluate("isSecureContext"))
+            await tab.type("hello\n")
+            await tab.until(f"{STATES}[0] === 'delivered'")
+
+    async def test_full(self):
+        """Where the server refuses a newcomer, its reason is shown."""
+        self.room.capacity = 0
+        async with self.tab(ready=OFFLINE) as tab:
+            await tab.until(says("#status", "The room is full."))
+
+    async def test_delays(self):
+        """The delays between attempts to connect double, with chance in each."""
+        self.room.capacity = 0
+        async with self.tab(ready=OFFLINE) as first, self.tab(ready=OFFLINE) as second:
+            delays = []
+            for tab in first, second:
+                await until(lambda tab=tab: len(tab.seen("Network.webSocketCreated")) > 2)
+                closed = [e["params"]["timestamp"] for e in tab.seen("Network.webSocketClosed")]
+                opened = [
+                    e["params"]["timestamp"]
+                    for e in tab.seen("Network.webSocketWillSendHandshakeRequest")
+                ]
+                gaps = [later - end for later, end in zip(opened[1:], closed, strict=False)]
+                self.assertTrue(0.4 < gaps[0] < 1.4, gaps)
+                self.assertTrue(0.9 < gaps[1] < 2.4, gaps)
+                delays += gaps[:2]
+            self.assertGreater(abs(delays[0] - delays[2]) + abs(delays[1] - delays[3]), 0.002)
+
+    async def test_now(self):
+        """The status counts down to the next attempt, and its button does not wait for it."""
+        self.room.capacity = 0
+        async with self.tab(ready=OFFLINE) as tab:
+            await until(lambda: len(tab.seen("Network.webSocketCreated")) > 2)
+            await tab.until(says("#countdown", "3 s"))
+            await tab.until(says("#countdown", "2 s"))
+            self.room.capacity = 9
+            await tab.click("#now")
+            await tab.until(ONLINE)
+            self.assertEqual(len(tab.seen("Network.webSocketCreated")), 4)
+            self.assertEqual(len(self.room.connections), 1)
+
+    async def test_back_online(self):
+        """The browser's word that it is online again brings an attempt at once."""
+        self.room.capacity = 0
+        async with self.tab(ready=OFFLINE) as tab:
+            await until(lambda: len(tab.seen("Network.webSocketCreated")) > 2)
+            await tab.until(says("#countdown", "3 s"))
+            await tab.offline(True)
+            self.room.capacity = 9
+            await tab.offline(False)
+            await tab.until(ONLINE)
+            self.assertEqual(len(tab.seen("Network.webSocketCreated")), 4)
+
+    async def test_sides(self):
+        """Own messages stand on the right, others' on the left."""
+        async with self.tab() as tab, self.client() as other:
+            await other.say("theirs")
+            await tab.type("mine\n")
+            await tab.until(f"{TEXTS}.length === 2")
+            places = "(b => [b.left, innerWidth - b.right])(e.getBoundingClientRect())"
+            for kind, near in ("other", 0), ("own", 1):
+                sides = (await tab.evaluate(look(f"[data-kind={kind}] .text", places)))[0]
+                self.assertLess(sides[near], sides[1 - near])
+
+    async def test_colours(self):
+        """Each person has one colour everywhere, another than their neighbour's."""
+        colour = "getComputedStyle(e).color"
+        async with self.tab() as tab, self.client() as one, self.client() as two:
+            for client in one, two, one:
+                await client.say("hello")
+                await client.frame("message")
+            await tab.type("hello\n")
+            await tab.until(f"{TEXTS}.length === 4 && {STATES}[0] === 'delivered'")
+            first, second, again, own = await tab.evaluate(look("#messages .name", colour))
+            self.assertEqual(first, again)
+            self.assertEqual(len({first, second, own}), 3)
+            self.assertEqual(await tab.evaluate(look("#name", colour)), [own])
+
+    async def test_groups(self):
+        """What one person says within a minute stands together below one name."""
+        async with self.tab() as tab:
+            for id, second in ("a", 0), ("b", 59), ("c", 59 + 60):
+                time = (datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=second)).isoformat()
+                self.room.deliver(chat.frame("message", "Port1", id, id=id, time=time))
+            await tab.until(f"{TEXTS}.length === 3")
+            names = look("#messages .name", "e.checkVisibility()")
+            self.assertEqual(await tab.evaluate(names), [True, False, True])
+
+    async def test_times(self):
+        """A message shows its local time, and on hover its full date."""
+        async with self.tab() as tab:
+            await tab.call("Emulation.setTimezoneOverride", timezoneId="Asia/Tokyo")
+            await tab.reload()
+            time = "2026-03-04T01:02:03.000+00:00"
+            self.room.deliver(chat.frame("message", "Port1", "hello", id="a", time=time))
+            await tab.until(f"{TEXTS}.length === 1")
+            shown = (await tab.evaluate(look("time", "[e.textContent, e.title]")))[0]
+            self.assertRegex(shown[0], "10:02")
+            self.assertRegex(shown[1], "March 4, 2026.*10:02:03")
+
+    async def test_presence_lines(self):
+        """Joins and leaves are quiet lines of their own kind."""
+        async with self.tab() as tab:
+            async with self.client() as other:
+                await tab.until(says("#messages", f"{other.name} joined."))
+            await tab.until(says("#messages", f"{other.name} left."))
+            kinds = set(await tab.evaluate(look("#messages li", "e.dataset.kind")))
+            self.assertEqual(kinds, {"system"})
+
+    async def test_following(self):
+        """The log follows new messages only for a reader at the bottom; else a pill counts them
+        and jumps there.
+        """
+        bottom = "(e => e.scrollHeight - e.scrollTop - e.clientHeight < 2)"
+        at_bottom = bottom + "(document.querySelector('#log'))"
+        async with self.tab() as tab:
+            self.fill(50)
+            await tab.until(f"{TEXTS}.length === 50 && {at_bottom}")
+            await tab.call(
+                "Input.dispatchMouseEvent", type="mouseWheel", x=300, y=300, deltaX=0, deltaY=-900
+            )
+            await tab.until(f"!{at_bottom}")
+            top = await tab.evaluate("document.querySelector('#log').scrollTop")
+            self.fill(3, start=50)
+            await tab.until(f"{TEXTS}.length === 53")
+            await tab.until(says("#pill", "3 new"))
+            self.assertEqual(await tab.evaluate("document.querySelector('#log').scrollTop"), top)
+            await tab.click("#pill")
+            await tab.until(f"{at_bottom} && document.querySelector('#pill').hidden")
+            self.fill(1, start=53)
+            await tab.until(f"{TEXTS}.length === 54 && {at_bottom}")
+
+    async def test_unread(self):
+        """While the tab is hidden its title counts what came; once seen, the count is gone."""
+        async with self.tab() as tab:
+            async with Tab(self.browser, "about:blank", opener=tab):
+                await tab.until("document.hidden")
+                self.fill(3)
+                await tab.until("document.title === '(3) Chat'")
+                await tab.until(f"{TEXTS}.length === 3")
+            await tab.call("Page.bringToFront")
+            await tab.until("!document.hidden && document.title === 'Chat'")
+
+    async def test_front(self):
+        """A tab that comes to the front tries to connect at once."""
+        self.room.capacity = 0
+        async with self.tab(ready=OFFLINE) as tab:
+            await until(lambda: len(tab.seen("Network.webSocketCreated")) > 2)
+            await tab.until(says("#countdown", "3 s"))
+            async with Tab(self.browser, "about:blank", opener=tab):
+                await tab.until("document.hidden")
+                self.room.capacity = 9
+            await tab.call("Page.bringToFront")
+            await tab.until(ONLINE)
+            self.assertEqual(len(tab.seen("Network.webSocketCreated")), 4)
+
+    async def test_alone(self):
+        """The first person alone is told what to do, and a button opens a second tab."""
+        async with self.tab() as tab:
+            await tab.until(says("#alone", "first one here"))
+            self.assertTrue(await tab.evaluate(says("#alone", "--host 0.0.0.0")))
+            await tab.click("#second")
+            await until(lambda: len(self.room.connections) == 2)
+            await tab.until("!document.querySelector('#alone').checkVisibility()")
+            for target in (await tab.call("Target.getTargets"))["targetInfos"]:
+                if target["url"] == tab.url and not target["attached"]:
+                    await tab.call("Target.closeTarget", targetId=target["targetId"])
+            await until(lambda: len(self.room.connections) == 1)
+
+    async def test_draft_grows(self):
+        """Shift+Enter breaks the line, the draft grows to five lines, and Enter sends it all."""
+        height = "document.querySelector('#draft').clientHeight"
+        async with self.tab() as tab:
+            heights = []
+            for line in range(8):
+                heights.append(await tab.evaluate(height))
+                await tab.type(f"{line}")
+                await tab.press("Enter", modifiers=8)
+            self.assertEqual(heights[:5], sorted(set(heights[:5])))
+            self.assertEqual(heights[5:], [heights[5]] * 3)
+            await tab.type("end\n")
+            await tab.until(f"{TEXTS}.length === 1")
+            self.assertEqual(await tab.evaluate(TEXTS), ["\n".join([*"01234567", "end"])])
+            self.assertEqual(await tab.evaluate(height), heights[0])
+
+    async def test_composition(self):
+        """The Enter that ends an input method's composition does not send."""
+        async with self.tab() as tab:
+            ime = {"selectionStart": 2, "selectionEnd": 2}
+            await tab.call("Input.imeSetComposition", text="に", **ime)
+            await tab.press("Enter")
+            await tab.call("Input.insertText", text="日本")
+            self.assertEqual(tab.sent(), [])
+            await tab.type("\n")
+            await tab.until(f"{TEXTS}.length === 1")
+            self.assertEqual(await tab.evaluate(TEXTS), ["日本"])
+
+    async def test_counter(self):
+        """Near 2,000 characters a counter appears, which counts as the server does."""
+        async with self.tab() as tab:
+            await tab.type("😀" * 1800)
+            self.assertEqual(await tab.evaluate(look("#counter", "e.textContent")), [""])
+            await tab.type("😀")
+            await tab.until(says("#counter", "1,801 of 2,000"))
+
+    async def test_refusal(self):
+        """An error is shown beside its message, whose text can be taken back and sent anew."""
+        async with self.tab() as tab:
+            await tab.type("x" * 2001 + "\n")
+            await tab.until(says("#messages [data-kind=own]", "Send at most 2,000 characters"))
+            await tab.click("#messages button[value=back]")
+            await tab.until(f"{TEXTS}.length === 0")
+            await tab.press("Backspace")
+            await tab.type("\n")
+            await tab.until(f"{STATES}[0] === 'delivered'")
+            self.assertEqual(await tab.evaluate(TEXTS), ["x" * 2000])
+
+    async def test_send_again(self):
+        """A message that was refused for now can be sent again as it is."""
+        refused = chat.Refused("The broker is away.")
+        async with self.tab() as tab:
+
+            async def refuse(message):
+                raise chat.Refused(str(refused), id=message["id"])
+
+            with mock.patch.object(self.room, "publish", refuse):
+                await tab.type("hello\n")
+                await tab.until(says("#messages [data-kind=own]", "The broker is away."))
+            id = (await tab.evaluate(IDS))[0]
+            await tab.click("#messages button[value=again]")
+            await tab.until(f"{STATES}[0] === 'delivered'")
+            self.assertEqual(await tab.evaluate(IDS), [id])
+
+    async def test_focus(self):
+        """After sending, with the button as well, the focus is in the draft again."""
+        async with self.tab() as tab:
+            focus = "document.activeElement.id"
+            self.assertEqual(await tab.evaluate(focus), "draft")
+            await tab.type("hello")
+            await tab.click("#send")
+            await tab.until(f"{STATES}[0] === 'delivered'")
+            self.assertEqual(await tab.evaluate(focus), "draft")
+
+    async def test_keyboard(self):
+        """The Tab key alone reaches everything that can be used, visibly."""
+        async with self.tab() as tab:
+            reached = set()
+            for _ in range(8):
+                await tab.press("Tab")
+                reached.add(await tab.evaluate("document.activeElement.id"))
+                outline = "getComputedStyle(document.activeElement).outlineStyle"
+                if await tab.evaluate("document.activeElement !== document.body"):
+                    self.assertEqual(await tab.evaluate(outline), "solid")
+            self.assertLessEqual({"log", "second", "draft", "send"}, reached)
+
+    async def test_roles(self):
+        """Screen readers are told of messages politely, and of the connection."""
+        async with self.tab() as tab:
+            tree = (await tab.call("Accessibility.getFullAXTree"))["nodes"]
+            roles = {node["role"]["value"] for node in tree if "role" in node}
+            self.assertLessEqual({"log", "status", "main", "textbox", "button"}, roles)
+
+    async def test_narrow(self):
+        """On 320 pixels nothing scrolls sideways, and all buttons can be hit with a finger."""
+        async with self.tab() as tab:
+            await tab.size(320, 568)
+            await tab.type("x" * 300 + "\n")
+            await tab.until(f"{STATES}[0] === 'delivered'")
+            for element in "document.documentElement", "document.querySelector('#log')":
+                self.assertTrue(
+                    await tab.evaluate(f"{element}.scrollWidth <= {element}.clientWidth")
+                )
+            size = "(b => Math.min(b.width, b.height))(e.getBoundingClientRect())"
+            for smaller in await tab.evaluate(look("button, #draft", f"e.hidden ? 99 : {size}")):
+                self.assertTrue(smaller == 0 or smaller >= 44, smaller)
+
+    async def test_direction(self):
+        """Text that runs from right to left does so in its own bubble alone."""
+        async with self.tab() as tab:
+            await tab.type("שלום!\n")
+            await tab.until(f"{STATES}[0] === 'delivered'")
+            style = "getComputedStyle(e).direction + getComputedStyle(e).unicodeBidi"
+            self.assertEqual(await tab.evaluate(look(".text", style)), ["rtlisolate"])
+            direction = "getComputedStyle(e).direction"
+            self.assertEqual(set(await tab.evaluate(look("#messages li", direction))), {"ltr"})
+
+    async def test_reduced_motion(self):
+        """Where the system asks for reduced motion, nothing moves."""
+        async with self.tab() as tab:
+            animations = "document.getAnimations().length"
+            await tab.type("one\n")
+            await tab.until(f"{STATES}[0] === 'delivered'")
+            reduce = [{"name": "prefers-reduced-motion", "value": "reduce"}]
+            await tab.call("Emulation.setEmulatedMedia", features=reduce)
+            await tab.type("two\n")
+            self.assertEqual(await tab.evaluate(animations), 0)
+
+    async def test_storm(self):
+        """2,000 messages within 2 s block no task for 100 ms, typing keeps up, the newest 500
+        stay in the document.
+        """
+        async with self.tab() as tab:
+            await tab.evaluate(
+                "window.longest = 0; new PerformanceObserver(list => { for (const task of "
+                "list.getEntries()) longest = Math.max(longest, task.duration); })"
+                ".observe({type: 'longtask'}); 0"
+            )
+            for burst in range(40):
+                self.fill(50, start=burst * 50)
+                await tab.type("x")
+            self.fill(1, start=2000)
+            await tab.until(f"{TEXTS}.includes('2000')")
+            self.assertEqual(await tab.evaluate("document.querySelector('#draft').value"), "x" * 40)
+            self.assertEqual(await tab.evaluate("document.querySelectorAll('li').length"), 500)
+            shown = await tab.evaluate(TEXTS)
+            self.assertEqual(shown, [f"{number}" for number in range(2001 - len(shown), 2001)])
+            self.assertLess(await tab.evaluate("longest"), 100)
+
+
+class PageAndProgram(ProgramCase, unittest.IsolatedAsyncioTestCase):
+    """The page beside a real server that is stopped, killed and started again."""
+
+    async def asyncSetUp(self):
+        asyncio.get_running_loop().slow_callback_duration = PATIENCE  # servers take time to start
+
+    def tab(self, port, **options):
+        return Tab(shared_browser(), f"http://localhost:{port}/", **options)
+
+    async def test_restart(self):
+        """Across a clean restart nothing is lost or doubled, and what was typed meanwhile goes
+        out in order, with the ids that it had.
+        """
+        process, port, _ = self.start_serving()
+        async with self.tab(port) as first, self.tab(port) as second:
+            await first.type("before\n")
+            for tab in first, second:
+                await tab.until(f"{TEXTS}.length === 1 && {STATES}.every(s => s === 'delivered')")
+            process.terminate()
+            await first.until(says("#status", "The server was stopped."))
+            await first.type("one\ntwo\nthree\n")
+            await first.until(f"{STATES}.filter(state => state === 'waiting').length === 3")
+            ids = await first.evaluate(IDS)
+            process.wait()
+            process, _, _ = self.start_serving(port=port)
+            for tab in first, second:
+                await tab.until(f"{TEXTS}.length === 4 && {STATES}.every(s => s === 'delivered')")
+                self.assertEqual(await tab.evaluate(TEXTS), ["before", "one", "two", "three"])
+                self.assertEqual(await tab.evaluate(IDS), ids)
+                self.assertTrue(await tab.evaluate(says("#messages .divider", "may be missing")))
+
+    async def test_kill(self):
+        """Across a crash nothing is doubled or stuck, whatever was under way."""
+        process, port, _ = self.start_serving()
+        async with self.tab(port) as first, self.tab(port) as second:
+            said = []
+            for number in range(3):
+                for tab in first, second:
+                    said += [f"{number} {tab is first}"]
+                    await tab.type(said[-1] + "\n")
+                process.kill()
+                process.wait()
+                process, _, _ = self.start_serving(port=port)
+            for tab in first, second:
+                await tab.until(f"{STATES}.length === 3 && {STATES}.every(s => s === 'delivered')")
+                shown = await tab.evaluate(TEXTS)
+                self.assertEqual(len(shown), len(set(shown)))
+                self.assertLessEqual(set(shown), set(said))
