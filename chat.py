@@ -6,8 +6,9 @@
 
 Run `python chat.py`, open the address that it prints in two tabs, type in one.
 
-`GET /` serves the page. `GET /ws` upgrades to a WebSocket (RFC 6455), on which every message
-is one text frame that holds one JSON object. A client says
+`GET /` serves the page. `GET /ws` upgrades to a WebSocket (RFC 6455): a connection that stays
+open, on which both sides may speak at any time. What they say goes in text frames that hold one
+JSON object each. A client says
 
     {"content": "hello", "id": "c0ffee"}
 
@@ -16,12 +17,12 @@ and the server pushes to everyone, the sender included,
     {"type": "message", "username": "Port54321", "content": "hello",
      "id": "c0ffee", "time": "2026-11-23T09:30:00.000+00:00"}
 
-All other frames from the server have `type`, `username` and `content` too: `welcome`, the first
-and to the newcomer alone, with its name and the `history`; `presence`, to everyone, when people
-come or go; `error`, to the sender alone, when a frame could not be used.
+Its other frames have `type`, `username` and `content` as well: `welcome` comes first and tells a
+newcomer its name and the `history`; `presence` tells everyone who came or went; `error` tells a
+sender what was wrong.
 
-After a disconnection, `GET /ws?after=c0ffee` resumes behind that message. An `id` that is still
-remembered is not pushed again: a client may resend what it never saw come back.
+After a disconnection, `GET /ws?after=c0ffee` resumes after that message. An `id` that is still
+remembered is not pushed again, so a client may resend what it never saw come back.
 """
 
 import argparse
@@ -55,34 +56,26 @@ except ImportError:  # on Windows
 
 MAX_CONTENT = 2_000  # characters (code points) of a message: a long paragraph, not a file
 MAX_ID = 64  # characters of an id: any UUID or hash fits
-MAX_FRAME = 32 * 1024  # bytes: MAX_CONTENT at 12 a character ("\ud83d\ude00"), and the rest
+MAX_FRAME = 32 * 1024  # bytes: MAX_CONTENT escaped ("\ud83d\ude00", 12 a character), and the rest
 REMEMBERED = 50  # messages, for newcomers and for those who were away: a screen or two
+MESSAGES_PER_SECOND = 20  # from one connection: nobody types faster, and pages resend as many
 PRESENCE_INTERVAL = 0.25  # seconds: a thousand joins at once cost a tab four frames a second
-PING_INTERVAL = 20  # seconds of silence, and again to answer: proxies cut idle connections at 60
-MESSAGES_PER_SECOND = 20  # from one connection: nobody types faster, pages resend at once
-SPARE_DESCRIPTORS = 32  # files and sockets not left to connections: pages, newcomers, the log
-LISTEN_BACKLOG = 256  # connections that wait to be accepted: a lecture hall that reloads at once
-MAX_HELD = 16 * 1024  # bytes held for a connection until the event loop's turn ends
-MAX_BACKLOG = 1024 * 1024  # bytes a connection leaves unread: the longest welcome takes 600 KB
-CLOSE_TIMEOUT = 1  # seconds that a tab has to answer a close frame
-STOP_TIMEOUT = 1.5  # seconds that all have when the server stops, half-open ones included
-
-
-def most_connections() -> int:
-    """Return how many connections the file descriptors allow; Windows has no such limit."""
-    if resource is None:
-        return sys.maxsize
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft - SPARE_DESCRIPTORS
-
+PING_INTERVAL = 20  # seconds, and as many to answer: proxies cut connections silent for 60
+MAX_UNSENT = 1024 * 1024  # bytes that a client may leave unread; a welcome has at most 600 KB
+MAX_HELD = 16 * 1024  # bytes held for a connection until a turn of the event loop ends
+SPARE_DESCRIPTORS = 32  # of the file descriptors, for newcomers, pages and the log
+ACCEPTED_PER_TURN = 8  # newcomers: they take descriptors before it is known if there is room
+LISTEN_BACKLOG = 1024  # connections that the kernel lets wait meanwhile: all tabs, coming back
+CLOSE_TIMEOUT = 1  # seconds that a client has to answer a close frame
+STOP_TIMEOUT = 1.5  # seconds for all of them when the server stops, half-open ones included
 
 # Frames
 
-Frame = dict[str, object]
+Frame = dict[str, object]  # the JSON object in it
 
 
 class Refused(Exception):
-    """Raised where something sent cannot be used: what to send instead, and about which id."""
+    """A client sent what cannot be used. Says what to send instead; `about` may hold its id."""
 
     def __init__(self, text: str, **about: str) -> None:
         super().__init__(text)
@@ -93,8 +86,8 @@ def frame(type: str, username: str, content: str, **more: object) -> Frame:
     return {"type": type, "username": username, "content": content, **more}
 
 
-def encode(frame: Frame) -> str:
-    return json.dumps(frame, ensure_ascii=False)  # UTF-8 is shorter than escapes, and legible
+def encode(fields: Frame) -> str:
+    return json.dumps(fields, ensure_ascii=False)  # "é", not "\\u00e9": shorter, and legible
 
 
 def parse(payload: str | bytes) -> tuple[str, str]:
@@ -118,13 +111,19 @@ def parse(payload: str | bytes) -> tuple[str, str]:
 
 
 def is_text(value: object) -> bool:
-    """JSON can hold unpaired surrogates, UTF-8 cannot (RFC 3629, section 3)."""
+    """Tell text from other JSON, and from unpaired surrogates, which JSON can hold but UTF-8
+    cannot (RFC 3629, section 3).
+    """
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
-def who(names: set[str], did: str) -> str:
-    """Return what these people did, as a sentence; where they are many, only how many."""
-    return f"{', '.join(sorted(names)) if len(names) < 4 else f'{len(names)} people'} {did}."
+def presence(joined: set[str], left: set[str], online: int) -> Frame:
+    news = []
+    for names, went in (joined, "joined"), (left, "left"):
+        if names:
+            some = ", ".join(sorted(names)) if len(names) <= 3 else f"{len(names)} people"
+            news.append(f"{some} {went}.")
+    return frame("presence", "server", " ".join(news), online=online)
 
 
 # The room
@@ -136,29 +135,28 @@ class Room:
     def __init__(self) -> None:
         self.connections: set[websockets.ServerConnection] = set()
         self.names: set[str] = set()  # of the connections, no two the same
-        self.announced: set[str] = set()  # the names at the time of the last presence frame
-        self.announcing = False  # whether the next one is due
-        self.history: dict[str, Frame] = {}  # messages by id, the oldest first
+        self.history: dict[str, Frame] = {}  # the last messages by id, oldest first
+        self.announced: set[str] = set()  # the names that the last presence frame left known
+        self.announcement_due = False
         self.capacity = most_connections()
 
     def join(self, connection: websockets.ServerConnection, after: str | None) -> str:
-        """Welcome a connection with what was said after that id; return its name.
-
-        There is no await between reading the history and joining the set, so no message can
-        fall between them. (`broadcast` writes at once; `await connection.send` might wait.)
-        """
-        name = port = f"Port{connection.remote_address[1]}"
-        number = 1
+        """Welcome a connection with what was said after that id. Return the name it is given."""
+        port = f"Port{connection.remote_address[1]}"
+        name, number = port, 1
         while name in self.names:  # the same port of another host
             number += 1
             name = f"{port}-{number}"
         self.names.add(name)
-        history, gap = list(self.history.values()), after is not None
+        history = list(self.history.values())
+        gap = after is not None and after not in self.history
         if after in self.history:
-            history, gap = history[list(self.history).index(after) + 1 :], False
+            history = history[list(self.history).index(after) + 1 :]
         online = len(self.names)
         content = f"Welcome! {name} is your name here, {online} online."
         welcome = frame("welcome", name, content, online=online, history=history, gap=gap)
+        # There is no await between reading the history and joining the set, so no message can
+        # fall between them. That is why this is a broadcast to one: it does not wait.
         websockets.broadcast([connection], encode(welcome))
         self.connections.add(connection)
         self.announce_soon()
@@ -170,21 +168,20 @@ class Room:
         self.announce_soon()
 
     def announce_soon(self) -> None:
-        """One presence frame will tell of all who come and go until it is due."""
-        if not self.announcing:
-            self.announcing = True
+        """Let one presence frame tell of all who come and go within PRESENCE_INTERVAL."""
+        if not self.announcement_due:
+            self.announcement_due = True
             asyncio.get_running_loop().call_later(PRESENCE_INTERVAL, self.announce)
 
     def announce(self) -> None:
         joined, left = self.names - self.announced, self.announced - self.names
-        self.announcing, self.announced = False, self.names.copy()
-        news = [who(names, did) for names, did in ((joined, "joined"), (left, "left")) if names]
-        if news:
-            presence = frame("presence", "server", " ".join(news), online=len(self.names))
-            websockets.broadcast(self.connections, encode(presence))
+        self.announcement_due, self.announced = False, self.names.copy()
+        if joined or left:
+            news = presence(joined, left, len(self.names))
+            websockets.broadcast(self.connections, encode(news))
 
     async def publish(self, message: Frame) -> None:
-        """Take in a message. A subclass may send it through a message broker on its way to
+        """Take in a message. A subclass may pass it through a message broker before it calls
         `deliver`; where it cannot promise that the message gets there, it raises Refused.
         """
         self.deliver(message)
@@ -197,6 +194,7 @@ class Room:
         self.history[id] = message
         if len(self.history) > REMEMBERED:
             del self.history[next(iter(self.history))]
+        # The push: nobody asked for this frame, but their connections are open.
         websockets.broadcast(self.connections, encode(message))
 
 
@@ -204,17 +202,18 @@ class Room:
 
 
 async def converse(room: Room, connection: websockets.ServerConnection) -> None:
-    """Run one connection from its welcome to its end."""
+    """Run one connection from its welcome to its end. websockets.serve calls this for each."""
     if len(room.connections) >= room.capacity:
         await connection.close(1013, "The room is full. Try again in a minute.")
         return
     request = cast(websockets.Request, connection.request)  # there is one after the handshake
     after = parse_qs(request.path.partition("?")[2]).get("after", [None])[0]
     name = room.join(connection, after)
-    spoke: deque[float] = deque(maxlen=MESSAGES_PER_SECOND)  # when, in seconds
+    times: deque[float] = deque(maxlen=MESSAGES_PER_SECOND)  # when it spoke, in seconds
     try:
-        async for payload in connection:
-            await wait_for_turn(spoke)
+        async for payload in connection:  # waits here until this client says something
+            if not await its_turn(connection, times):
+                break
             try:
                 id, content = parse(payload)
                 now = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -223,27 +222,31 @@ async def converse(room: Room, connection: websockets.ServerConnection) -> None:
                 error = frame("error", "server", str(refused), **refused.about)
                 await connection.send(encode(error))
     except websockets.ConnectionClosed:
-        pass  # tabs vanish without a close frame every day
+        pass  # clients vanish without a close frame every day
     finally:
         room.leave(connection, name)
 
 
-async def wait_for_turn(spoke: deque[float]) -> None:
-    """Return when less than MESSAGES_PER_SECOND times in `spoke` are younger than a second.
+async def its_turn(connection: websockets.ServerConnection, times: deque[float]) -> bool:
+    """Wait until fewer than MESSAGES_PER_SECOND times are younger than a second. Return False
+    if the client has gone by then: a flood ends with its sender.
 
-    Meanwhile nothing is read, so what comes faster waits in order, in the kernel and the client.
+    Meanwhile nothing more is read, so the rest waits in order, at last at the client.
     """
-    now = time.monotonic()
-    if len(spoke) == MESSAGES_PER_SECOND and now - spoke[0] < 1:
-        await asyncio.sleep(spoke[0] + 1 - now)
-    spoke.append(time.monotonic())
+    wait = times[0] + 1 - time.monotonic() if len(times) == MESSAGES_PER_SECOND else 0
+    if wait > 0:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(connection.wait_closed(), wait)
+            return False
+    times.append(time.monotonic())
+    return True
 
 
 # The page over HTTP
 
 PAGE = pathlib.Path(__file__).with_name("index.html")
 
-FOREIGN = """Only this server's own page may open a WebSocket here.
+WRONG_ORIGIN = """Only this server's own page may open a WebSocket here.
 If it was that, a proxy changed the Host header, which it must forward as it came;
 for nginx: proxy_set_header Host $http_host;
 """
@@ -252,7 +255,7 @@ for nginx: proxy_set_header Host $http_host;
 def answer(
     page: str, connection: websockets.ServerConnection, request: websockets.Request
 ) -> websockets.Response | None:
-    """Answer a plain HTTP request; None starts the opening handshake of a WebSocket."""
+    """Answer a plain HTTP request; None leaves it to websockets to open a WebSocket."""
     path = request.path.partition("?")[0]
     if request.method not in ("GET", "HEAD"):
         response = connection.respond(405, "Send GET or HEAD.\n")
@@ -264,7 +267,10 @@ def answer(
     elif path != "/ws":
         response = connection.respond(404, "The chat is at /\n")
     elif not same_origin(request.headers):
-        response = connection.respond(403, FOREIGN)
+        response = connection.respond(403, WRONG_ORIGIN)
+    elif request.method == "HEAD":
+        response = connection.respond(426, "")
+        response.headers["Upgrade"] = "websocket"
     else:
         return None
     if request.method == "HEAD":
@@ -273,8 +279,8 @@ def answer(
 
 
 def page_headers(page: str) -> dict[str, str]:
-    """Only the scripts and styles in the page may run: they are known by their hashes (CSP
-    Level 3, section 2.3.1).
+    """Return the headers of the page. Of scripts and styles they allow those in the page, known
+    by their hashes (CSP Level 3, section 2.3.1), and nothing from anywhere else.
     """
     inline = re.findall("<(?:script|style)>(.*?)</", page, re.DOTALL)
     digests = [b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in inline]
@@ -291,35 +297,35 @@ def page_headers(page: str) -> dict[str, str]:
 
 
 def same_origin(headers: websockets.Headers) -> bool:
-    """Tell whether a page of ours is asking: others could speak for whoever visits them (RFC
-    6455, section 10.2). Clients without Origin are no browsers, and welcome.
+    """Tell whether the page that asks is ours. Any other site's could speak in the name of its
+    visitors (RFC 6455, section 10.2). A client without Origin is not a browser, and welcome.
     """
     origins = [origin.partition("://")[2] for origin in headers.get_all("Origin")]
     return not origins or origins == headers.get_all("Host")
 
 
-# Writing
+# Writing: for speed alone, all above works without
 
 
 class Connection(websockets.ServerConnection):
-    """A connection that is written to once in a turn of the event loop, and never waited for."""
+    """A connection to which the frames of one turn of the event loop go in one write."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         gathering = GatheringTransport(cast(asyncio.Transport, transport))
         super().connection_made(cast(asyncio.Transport, gathering))
 
     def pause_writing(self) -> None:
-        """Cut the connection off; asyncio calls this when MAX_BACKLOG waits to be sent."""
+        """Cut off a client that reads too slowly: asyncio calls this at MAX_UNSENT bytes."""
         super().pause_writing()
-        name, backlog = f"Port{self.remote_address[1]}", f"{MAX_BACKLOG:,} bytes"
-        logging.warning("%s reads too slowly: cut off with %s unsent", name, backlog)
+        name = f"Port{self.remote_address[1]}"
+        logging.warning("%s reads too slowly: cut off with %s bytes unsent", name, MAX_UNSENT)
         self.transport.abort()
 
 
 class GatheringTransport:
     """Holds what is written to a transport until the turn of the event loop ends.
 
-    To hundreds of connections the kernel's send() is most of the cost of a message, and for
+    With hundreds of connections, the kernel's send() is most of the cost of a message, and for
     ten frames it costs little more than for one. All but writing is the transport's own.
     """
 
@@ -328,7 +334,6 @@ class GatheringTransport:
         self.held: list[bytes] = []
         self.held_size = 0
         for name in TRANSPORT_METHODS - vars(GatheringTransport).keys():
-            # (__getattr__ would slow down the way to `held` as well.)
             setattr(self, name, getattr(transport, name))
 
     def write(self, data: bytes) -> None:
@@ -337,7 +342,7 @@ class GatheringTransport:
             newest = data
         if not self.held:
             asyncio.get_running_loop().call_soon(self.flush)
-        self.held.append(newest)  # the same bytes for all connections, not a copy for each
+        self.held.append(newest)  # all connections hold the same bytes, not a copy each
         self.held_size += len(data)
         if self.held_size > MAX_HELD:
             self.flush()
@@ -356,53 +361,75 @@ class GatheringTransport:
         self.transport.close()
 
 
-newest = b""  # what was written last, to any connection
+newest = b""  # what was last written, to whichever connection
 TRANSPORT_METHODS = {name for name in dir(asyncio.Transport) if not name.startswith("_")}
 
 
 # Starting and stopping
 
 
-async def start(room: Room, host: str, port: int) -> websockets.Server:
-    """Return a running server. Raises OSError, OverflowError or ValueError if that fails."""
-    page = PAGE.read_text(encoding="utf-8")
-    if not 0 <= port <= 65535:
-        raise OverflowError("ports go up to 65535")
-    return await websockets.serve(
-        functools.partial(converse, room),
-        host,
-        port,
-        process_request=functools.partial(answer, page),
-        backlog=LISTEN_BACKLOG,
-        create_connection=Connection,
-        compression=None,  # it would compress every message again for every tab
-        ping_interval=PING_INTERVAL,
-        ping_timeout=PING_INTERVAL,
-        close_timeout=CLOSE_TIMEOUT,
-        max_size=MAX_FRAME,
-        write_limit=MAX_BACKLOG,
-    )
-
-
 async def run(room: Room, host: str, port: int) -> None:
-    """Serve until SIGINT or SIGTERM. Raises SystemExit where the server cannot start."""
-    try:
-        server = await start(room, host, port)
-    except FileNotFoundError:
-        sys.exit(f"chat.py: the page is missing. Put index.html at {PAGE}.")
-    except (OSError, OverflowError, ValueError) as problem:
-        where = f"{host} port {port} ({problem})"
-        sys.exit(f"chat.py: cannot serve at {where}. Choose others with --host and --port.")
-    family, port = server.sockets[0].family, server.sockets[0].getsockname()[1]
-    everywhere = host in ("0.0.0.0", "::")
+    """Serve until SIGINT or SIGTERM. Raises SystemExit where that is not possible."""
+    stopping, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # loop.add_signal_handler is missing on Windows. SIGINT gets a handler of its own, since
+        # it comes ignored where a shell starts this in the background.
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stopping.set))
+    server = await start(room, host, port)
+    bound = server.sockets[0]
+    address, port = bound.getsockname()[:2]
+    everywhere = address in ("0.0.0.0", "::")
     print(f"Open {url('localhost' if everywhere else host, port)} in two tabs.")
-    if everywhere and (address := lan_address(family)):
+    if everywhere and (address := lan_address(bound.family)):
         print(f"On another device in this network, open {url(address, port)}")
     print("Ctrl-C stops the chat.", flush=True)
-    await stop_signal()
-    server.close()  # with 1001, going away
+    await stopping.wait()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C changes nothing
+    server.close()  # closes all connections with 1001, going away
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(server.wait_closed(), STOP_TIMEOUT)
+
+
+async def start(room: Room, host: str, port: int) -> websockets.Server:
+    """Return a running server. Raises SystemExit, with advice, where it cannot start."""
+    try:
+        page = PAGE.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as problem:
+        sys.exit(f"chat.py: cannot read the page ({problem}). Put index.html beside chat.py.")
+    try:
+        if not 0 <= port <= 65535:
+            raise OverflowError("ports go up to 65535")
+        server = await websockets.serve(
+            functools.partial(converse, room),
+            host,
+            port,
+            process_request=functools.partial(answer, page),
+            create_connection=Connection,
+            compression=None,  # it would compress every message again for every tab
+            ping_interval=PING_INTERVAL,
+            ping_timeout=PING_INTERVAL,
+            close_timeout=CLOSE_TIMEOUT,
+            max_size=MAX_FRAME,
+            write_limit=MAX_UNSENT,
+            backlog=ACCEPTED_PER_TURN,
+        )
+    except (OSError, OverflowError, UnicodeError) as problem:
+        where = f"{host} port {port} ({problem})"
+        sys.exit(f"chat.py: cannot serve at {where}. Choose others with --host and --port.")
+    for listening in server.sockets:
+        # asyncio takes one number for both: how many wait, and how many it accepts in a turn.
+        with socket.fromfd(listening.fileno(), listening.family, listening.type) as same:
+            same.listen(LISTEN_BACKLOG)
+    return server
+
+
+def most_connections() -> int:
+    """Return how many connections the file descriptors allow; Windows sets no limit to them."""
+    if resource is None:
+        return sys.maxsize
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if soft == resource.RLIM_INFINITY else max(1, soft - SPARE_DESCRIPTORS)
 
 
 def url(host: str, port: int) -> str:
@@ -412,25 +439,13 @@ def url(host: str, port: int) -> str:
 def lan_address(family: socket.AddressFamily) -> str | None:
     """Return this machine's address in its network, if it is in one.
 
-    Connecting a UDP socket sends nothing; it picks the address that packets would bear.
-    Those to connect to are reserved for examples (RFC 5737, RFC 3849).
+    To connect a UDP socket sends nothing, but picks the address that its packets would bear.
+    The other ends used here are reserved for examples (RFC 5737, RFC 3849).
     """
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1" if family == socket.AF_INET else "2001:db8::1", 9))
         return str(probe.getsockname()[0])
     return None
-
-
-async def stop_signal() -> None:
-    """Wait for SIGINT or SIGTERM.
-
-    `loop.add_signal_handler` is missing on Windows. Shells start background jobs with SIGINT
-    ignored, which would stay so if its handler were not set here.
-    """
-    loop, stopping = asyncio.get_running_loop(), asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stopping.set))
-    await stopping.wait()
 
 
 def main(room: Room) -> None:

@@ -126,6 +126,7 @@ class ServerCase(unittest.IsolatedAsyncioTestCase):
         async with asyncio.timeout(PATIENCE):
             answer = await reader.read()
         writer.close()
+        await writer.wait_closed()
         return answer.decode()
 
     async def http(self, line, **headers):
@@ -529,9 +530,11 @@ class Http(ServerCase):
                     self.assertEqual(dict(headers)["Allow"], "GET, HEAD")
 
     async def test_upgrade_required(self):
-        """A plain GET of /ws answers 426."""
-        status, headers, _ = await self.http("GET /ws")
-        self.assertEqual((status, dict(headers)["Upgrade"]), (426, "websocket"))
+        """A plain GET of /ws answers 426, and so does HEAD, without a body."""
+        for method in "GET", "HEAD":
+            status, headers, body = await self.http(f"{method} /ws")
+            self.assertEqual((status, dict(headers)["Upgrade"]), (426, "websocket"))
+            self.assertEqual(body == "", method == "HEAD")
 
     async def test_own_origin(self):
         """A page from this host and port may open a WebSocket."""
@@ -823,6 +826,16 @@ class Load(ServerCase):
             for first, later in zip(times, times[20:], strict=False):
                 self.assertGreater(later - first, 0.99)
 
+    async def test_flood_ends_with_its_sender(self):
+        """When a tab that floods is gone, so are its name and the rest of its flood."""
+        async with self.client() as flooder, self.client() as friend:
+            for _ in range(1000):
+                await flooder.say("flood")
+            await friend.contents(20)
+            flooder.connection.cut()
+            await until(lambda: flooder.name not in self.room.names)
+            self.assertLess(len(self.room.history), 50)
+
     async def test_resending(self):
         """20 messages sent at once, as by a page that comes back, do not wait for each other."""
         async with self.client() as client:
@@ -850,9 +863,10 @@ class ProgramCase(unittest.TestCase):
         self.addCleanup(process.kill)
         return process
 
-    def start_serving(self, *options, port=0, **more):
+    def start_serving(self, *options, host="127.0.0.1", port=0, **more):
         """Start the program; return its process, its port and the lines it begins with."""
-        process = self.start("--port", f"{port}", *options, **more)
+        options = ["--host", host, "--port", f"{port}", *options]
+        process = self.start(*options, **more)
         lines = [process.stdout.readline()]
         while "Ctrl-C" not in lines[-1]:
             self.assertTrue(lines[-1], "the server did not start")
@@ -870,7 +884,7 @@ class CommandLine(ProgramCase):
 
     def test_says_what_to_open(self):
         """It prints the address to open and how to stop."""
-        _, port, said = self.start_serving()
+        _, port, said = self.start_serving(host="localhost")
         self.assertEqual(
             said, f"Open http://localhost:{port} in two tabs.\nCtrl-C stops the chat.\n"
         )
@@ -879,7 +893,7 @@ class CommandLine(ProgramCase):
 
     def test_says_what_to_open_elsewhere(self):
         """With all addresses, it also prints one that other devices can open, if there is one."""
-        _, port, said = self.start_serving("--host", "0.0.0.0")
+        _, port, said = self.start_serving(host="0.0.0.0")
         self.assertIn(f"http://localhost:{port} ", said)
         address = chat.lan_address(socket.AF_INET)
         self.assertEqual(f"open http://{address}:{port}\n" in said, address is not None)
@@ -906,10 +920,12 @@ class CommandLine(ProgramCase):
         self.assert_gives_up(self.start("--port", "65536"), "65536", "--port")
 
     def test_missing_page(self):
-        """Without index.html it says where to put it."""
+        """Without index.html, or with one that is not text, it says where to put it."""
         with tempfile.TemporaryDirectory() as folder:
             program = shutil.copy(HERE / "chat.py", folder)
             self.assert_gives_up(self.start(program=program), "Put index.html", folder)
+            pathlib.Path(folder, "index.html").write_bytes(b"\xff")
+            self.assert_gives_up(self.start(program=program), "Put index.html")
 
     def assert_stops(self, number, **more):
         """It must stop at this signal at once, with 1001 for the tabs and not a word."""
@@ -971,16 +987,21 @@ class CommandLine(ProgramCase):
         async def crowd():
             async with contextlib.AsyncExitStack() as stack:
                 inside = [await stack.enter_async_context(Client(port)) for _ in range(32)]
-                for _ in range(40):
+
+                async def come_late():
                     async with websockets.connect(inside[0].url, proxy=None) as late:
                         with self.assertRaises(websockets.ConnectionClosed) as closed:
                             await late.recv()
-                    self.assertEqual(closed.exception.rcvd.code, 1013)
-                    self.assertIn("full", closed.exception.rcvd.reason)
+                    return closed.exception.rcvd
+
+                for _ in range(4):
+                    for refusal in await asyncio.gather(*(come_late() for _ in range(12))):
+                        self.assertEqual(refusal.code, 1013)
+                        self.assertIn("full", refusal.reason)
                 await inside[0].say("hello")
                 for client in inside:
                     self.assertEqual(await client.contents(1), ["hello"])
-                reader, writer = await asyncio.open_connection("localhost", port)
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 writer.write(b"GET / HTTP/1.1\r\n\r\n")
                 self.assertEqual(await reader.readline(), b"HTTP/1.1 200 OK\r\n")
                 writer.close()
@@ -992,12 +1013,23 @@ class CommandLine(ProgramCase):
         self.assertEqual(process.communicate(timeout=PATIENCE), ("", ""))
 
     @unittest.skipIf(sys.platform == "win32", "Windows has no signal to send here")
+    def test_second_signal(self):
+        """Whoever presses Ctrl-C twice gets the same clean end."""
+        process, _, _ = self.start_serving()
+        for _ in range(20):
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.005)
+        self.assertEqual(process.communicate(timeout=PATIENCE), ("", ""))
+        self.assertEqual(process.returncode, 0)
+
+    @unittest.skipIf(sys.platform == "win32", "Windows has no signal to send here")
     def test_stops_in_time(self):
         """It stops within 2 s though one tab answers nothing and another never shook hands."""
         process, port, _ = self.start_serving()
         with (
-            socket.create_connection(("localhost", port), PATIENCE) as mute,
-            socket.create_connection(("localhost", port), PATIENCE),
+            socket.create_connection(("127.0.0.1", port), PATIENCE) as mute,
+            socket.create_connection(("127.0.0.1", port), PATIENCE),
         ):
             mute.sendall(upgrade_request(port))
             while b"welcome" not in mute.recv(4096):
@@ -1740,7 +1772,7 @@ class PageAndProgram(ProgramCase, unittest.IsolatedAsyncioTestCase):
         asyncio.get_running_loop().slow_callback_duration = PATIENCE  # servers take time to start
 
     def tab(self, port, **options):
-        return Tab(shared_browser(), f"http://localhost:{port}/", **options)
+        return Tab(shared_browser(), f"http://127.0.0.1:{port}/", **options)
 
     async def test_restart(self):
         """Across a clean restart nothing is lost or doubled, and what was typed meanwhile goes
