@@ -1,6 +1,7 @@
 """Tests of the chat: what its users and the README are promised, over real connections."""
 
 import asyncio
+import base64
 import contextlib
 import functools
 import itertools
@@ -118,6 +119,13 @@ class ServerCase(unittest.IsolatedAsyncioTestCase):
 
     def client(self, **options):
         return Client(self.port, **options)
+
+    def fill(self, count, start=0):
+        """Deliver many messages."""
+        for number in range(start, start + count):
+            now = datetime.now(UTC).isoformat()
+            message = chat.frame("message", "Port1", f"{number}", id=f"{number}", time=now)
+            self.room.deliver(message)
 
     async def raw(self, data):
         """Send bytes to the server; return what it answers until it closes or falls silent."""
@@ -271,11 +279,9 @@ class Protocol(ServerCase):
 
     async def test_history(self):
         """Newcomers are shown the last 50 messages, the oldest first, as they were pushed."""
-        async with self.client() as speaker:
-            frames = []
-            for number in range(52):
-                await speaker.say(f"{number}")
-                frames.append(await speaker.frame("message"))
+        async with self.client() as witness:
+            self.fill(52)
+            frames = [await witness.frame("message") for _ in range(52)]
             async with self.client() as newcomer:
                 self.assertEqual(newcomer.welcome["history"], frames[2:])
                 self.assertFalse(newcomer.welcome["gap"])
@@ -317,9 +323,11 @@ class Protocol(ServerCase):
     async def test_forgotten_id(self):
         """A message with an id that 50 others have pushed out is new again."""
         async with self.client() as client:
-            for id in ["a", *range(50), "a"]:
-                await client.say(f"{id}", id=f"{id}")
-            self.assertEqual((await client.contents(52))[51], "a")
+            await client.say("once", id="a")
+            await client.contents(1)
+            self.fill(50)
+            await client.say("again", id="a")
+            self.assertEqual((await client.contents(51))[50], "again")
 
     async def test_presence(self):
         """Everyone is told how many are online, and who came and went, in a sentence."""
@@ -1260,12 +1268,16 @@ class BrowserCase(ServerCase):
     def tab(self, **options):
         return Tab(self.browser, f"http://127.0.0.1:{self.port}/", **options)
 
-    def fill(self, count, start=0):
-        """Deliver many messages."""
-        for number in range(start, start + count):
-            now = datetime.now(UTC).isoformat()
-            message = chat.frame("message", "Port1", f"{number}", id=f"{number}", time=now)
-            self.room.deliver(message)
+    def hold(self):
+        """Let messages wait before they are published, until the returned event is set."""
+        let_through, publish = asyncio.Event(), self.room.publish
+
+        async def hold(message):
+            await let_through.wait()
+            await publish(message)
+
+        self.enterContext(mock.patch.object(self.room, "publish", hold))
+        return let_through
 
 
 def look(selector, what):
@@ -1283,18 +1295,6 @@ IDS = look("#messages li[data-id]", "e.dataset.id")
 STATES = look("#messages [data-kind=own]", "e.dataset.state")
 ONLINE = "document.querySelector('#status').dataset.state === 'online'"
 OFFLINE = "document.querySelector('#status').dataset.state === 'reconnecting'"
-
-
-class HoldingRoom(chat.Room):
-    """A room whose messages wait in `publish` until they are let through."""
-
-    def __init__(self):
-        super().__init__()
-        self.open = asyncio.Event()
-
-    async def publish(self, message):
-        await self.open.wait()
-        await super().publish(message)
 
 
 class Page(BrowserCase):
@@ -1328,42 +1328,39 @@ class Page(BrowserCase):
 
     async def test_waiting_and_delivered(self):
         """A message shows at once as waiting, and as delivered when it comes back."""
-        self.room.__class__ = HoldingRoom
-        self.room.open = asyncio.Event()
+        let_through = self.hold()
         async with self.tab() as tab:
             await tab.type("hello\n")
             await tab.until(f"{STATES}[0] === 'waiting'")
             self.assertTrue(await tab.evaluate(says("#messages [data-kind=own]", "waiting")))
-            self.room.open.set()
+            let_through.set()
             await tab.until(f"{STATES}[0] === 'delivered'")
             self.assertTrue(await tab.evaluate(says("#messages [data-kind=own]", "delivered")))
             self.assertEqual(await tab.evaluate(TEXTS), ["hello"])
 
     async def test_waiting_below(self):
         """What waits stands below all that is delivered, and moves to its place in their order."""
-        self.room.__class__ = HoldingRoom
-        self.room.open = asyncio.Event()
+        let_through = self.hold()
         async with self.tab() as tab:
             await tab.type("mine\n")
             await tab.until(f"{STATES}[0] === 'waiting'")
             self.fill(1)
             await tab.until(f"{TEXTS}.length === 2")
             self.assertEqual(await tab.evaluate(TEXTS), ["0", "mine"])
-            self.room.open.set()
+            let_through.set()
             await tab.until(f"{STATES}[0] === 'delivered'")
             self.assertEqual(await tab.evaluate(TEXTS), ["0", "mine"])
 
     async def test_in_flight(self):
         """At most 20 messages are under way at once; the rest waits for echoes."""
-        self.room.__class__ = HoldingRoom
-        self.room.open = asyncio.Event()
+        let_through = self.hold()
         async with self.tab() as tab:
             said = [f"{number}" for number in range(25)]
             for text in said:
                 await tab.type(text + "\n")
             await tab.until(f"{STATES}.length === 25")
             self.assertEqual([frame["content"] for frame in tab.sent()], said[:20])
-            self.room.open.set()
+            let_through.set()
             await tab.until(f"{STATES}.every(state => state === 'delivered')")
             self.assertEqual(await tab.evaluate(TEXTS), said)
             self.assertEqual([frame["content"] for frame in tab.sent()], said)
@@ -1375,6 +1372,7 @@ class Page(BrowserCase):
         async with self.tab() as tab, self.client() as friend:
             await tab.type("before\n")
             await tab.until(f"{STATES}[0] === 'delivered'")
+            ids = await tab.evaluate(IDS)
             await tab.offline(True)
             await friend.say("missed")
             await tab.type("typed offline\n")
@@ -1386,6 +1384,8 @@ class Page(BrowserCase):
             self.assertEqual(await tab.evaluate(TEXTS), ["before", "missed", "typed offline"])
             self.assertEqual(await friend.contents(3), ["before", "missed", "typed offline"])
             self.assertEqual([f["content"] for f in tab.sent()].count("before"), 1)
+            resumed = tab.seen("Network.webSocketCreated")[1]["params"]["url"]
+            self.assertTrue(resumed.endswith(f"/ws?after={ids[0]}"), resumed)
 
     async def test_cuts(self):
         """Over ten cuts while two tabs talk, both show all messages once, in the same order,
@@ -1414,8 +1414,7 @@ class Page(BrowserCase):
 
     async def test_reload(self):
         """Two waiting messages and the draft survive a reload."""
-        self.room.__class__ = HoldingRoom
-        self.room.open = asyncio.Event()
+        let_through = self.hold()
         async with self.tab() as tab:
             await tab.type("one\ntwo\nthree")
             await tab.until(f"{STATES}.length === 2")
@@ -1424,7 +1423,7 @@ class Page(BrowserCase):
             await tab.until(f"{STATES}.length === 2")
             draft = "document.querySelector('#draft').value"
             self.assertEqual(await tab.evaluate(draft), "three")
-            self.room.open.set()
+            let_through.set()
             await tab.until(f"{STATES}.every(state => state === 'delivered')")
             self.assertEqual(await tab.evaluate(TEXTS), ["one", "two"])
             self.assertEqual(await tab.evaluate(IDS), before)
@@ -1462,12 +1461,10 @@ class Page(BrowserCase):
         async with self.tab(ready=OFFLINE) as first, self.tab(ready=OFFLINE) as second:
             delays = []
             for tab in first, second:
-                await until(lambda tab=tab: len(tab.seen("Network.webSocketCreated")) > 2)
+                asked = "Network.webSocketWillSendHandshakeRequest"
+                await until(lambda tab=tab, asked=asked: len(tab.seen(asked)) > 2)
                 closed = [e["params"]["timestamp"] for e in tab.seen("Network.webSocketClosed")]
-                opened = [
-                    e["params"]["timestamp"]
-                    for e in tab.seen("Network.webSocketWillSendHandshakeRequest")
-                ]
+                opened = [e["params"]["timestamp"] for e in tab.seen(asked)]
                 gaps = [later - end for later, end in zip(opened[1:], closed, strict=False)]
                 self.assertTrue(0.4 < gaps[0] < 1.4, gaps)
                 self.assertTrue(0.9 < gaps[1] < 2.4, gaps)
@@ -1482,8 +1479,10 @@ class Page(BrowserCase):
             await tab.until(says("#countdown", "3 s"))
             await tab.until(says("#countdown", "2 s"))
             self.room.capacity = 9
+            started = time.monotonic()
             await tab.click("#now")
             await tab.until(ONLINE)
+            self.assertLess(time.monotonic() - started, 1)
             self.assertEqual(len(tab.seen("Network.webSocketCreated")), 4)
             self.assertEqual(len(self.room.connections), 1)
 
@@ -1491,13 +1490,27 @@ class Page(BrowserCase):
         """The browser's word that it is online again brings an attempt at once."""
         self.room.capacity = 0
         async with self.tab(ready=OFFLINE) as tab:
-            await until(lambda: len(tab.seen("Network.webSocketCreated")) > 2)
-            await tab.until(says("#countdown", "3 s"))
+            await until(lambda: len(tab.seen("Network.webSocketCreated")) > 1)
+            await tab.until(says("#countdown", "2 s"))
             await tab.offline(True)
             self.room.capacity = 9
+            started = time.monotonic()
             await tab.offline(False)
             await tab.until(ONLINE)
-            self.assertEqual(len(tab.seen("Network.webSocketCreated")), 4)
+            self.assertLess(time.monotonic() - started, 0.9)
+            self.assertEqual(len(tab.seen("Network.webSocketCreated")), 3)
+
+    async def test_one_connection(self):
+        """The browser's word that it is online again opens no second connection."""
+        async with self.tab() as tab:
+            await tab.offline(True)
+            await tab.until("!navigator.onLine")
+            await tab.offline(False)
+            await tab.until("navigator.onLine")
+            await tab.type("hello\n")
+            await tab.until(f"{STATES}[0] === 'delivered'")
+            self.assertEqual(len(tab.seen("Network.webSocketCreated")), 1)
+            self.assertEqual(len(self.room.connections), 1)
 
     async def test_sides(self):
         """Own messages stand on the right, others' on the left."""
@@ -1593,14 +1606,16 @@ class Page(BrowserCase):
         """A tab that comes to the front tries to connect at once."""
         self.room.capacity = 0
         async with self.tab(ready=OFFLINE) as tab:
-            await until(lambda: len(tab.seen("Network.webSocketCreated")) > 2)
-            await tab.until(says("#countdown", "3 s"))
+            await until(lambda: len(tab.seen("Network.webSocketCreated")) > 1)
+            await tab.until(says("#countdown", "2 s"))
             async with Tab(self.browser, "about:blank", opener=tab):
                 await tab.until("document.hidden")
                 self.room.capacity = 9
+                started = time.monotonic()
             await tab.call("Page.bringToFront")
             await tab.until(ONLINE)
-            self.assertEqual(len(tab.seen("Network.webSocketCreated")), 4)
+            self.assertLess(time.monotonic() - started, 0.9)
+            self.assertEqual(len(tab.seen("Network.webSocketCreated")), 3)
 
     async def test_alone(self):
         """The first person alone is told what to do, and a button opens a second tab."""
@@ -1759,10 +1774,255 @@ class Page(BrowserCase):
             self.fill(1, start=2000)
             await tab.until(f"{TEXTS}.includes('2000')")
             self.assertEqual(await tab.evaluate("document.querySelector('#draft').value"), "x" * 40)
-            self.assertEqual(await tab.evaluate("document.querySelectorAll('li').length"), 500)
+            self.assertEqual(await tab.evaluate(look("#messages li", "0") + ".length"), 500)
             shown = await tab.evaluate(TEXTS)
             self.assertEqual(shown, [f"{number}" for number in range(2001 - len(shown), 2001)])
             self.assertLess(await tab.evaluate("longest"), 100)
+
+
+KINDS = look("#wire li", "e.dataset.kind")
+LEGS = "[...e.querySelectorAll('.leg')].map(leg => [leg.className.trim(), leg.innerText])"
+
+
+class Wire(BrowserCase):
+    async def wide_tab(self):
+        """Return a tab that is wide enough for the wire beside the log, without a scroll bar."""
+        tab = await self.enterAsyncContext(self.tab())
+        await tab.size(1280, 1600)
+        return tab
+
+    async def rows(self, tab, *kinds):
+        """Wait until the wire ends with rows of these kinds, presence apart; return their legs."""
+        listed = f"{KINDS}.filter(kind => kind !== 'presence')"
+        await tab.until(f"{listed}.slice(-{len(kinds)}).join() === {json.dumps(','.join(kinds))}")
+        legs = await tab.evaluate(look("#wire li:not([data-kind=presence])", LEGS))
+        return legs[-len(kinds) :]
+
+    async def test_opening(self):
+        """Opening is drawn as a request, its answer and the welcome; the first two inferred."""
+        async with self.client() as other:
+            await other.say("remembered")
+            await other.contents(1)
+            tab = await self.wide_tab()
+            request, response, welcome = await self.rows(tab, "request", "response", "welcome")
+        self.assertEqual(request[0], ["leg right inferred", "GET /ws\nUpgrade: websocket"])
+        self.assertEqual(response[0][0], "leg left inferred")
+        self.assertRegex(response[0][1], "^101 Switching Protocols\nafter [0-9]+ ms$")
+        self.assertEqual(welcome[0], ["leg left", "welcome\n1 remembered"])
+        for row in request, response, welcome:
+            self.assertEqual(row[1], ["leg none", ""])
+
+    async def test_sending_alone(self):
+        """A message goes up, and is pushed back to this tab and to nobody else."""
+        tab = await self.wide_tab()
+        await tab.type("hello\n")
+        send, push = await self.rows(tab, "send", "push")
+        size = len(json.dumps(tab.sent()[0], separators=(",", ":")))
+        self.assertEqual(send[0], ["leg right", f"message, {size} bytes\n“hello”"])
+        self.assertRegex(push[0][1], "^message, pushed\nback after [0-9]+ ms$")
+        self.assertEqual(push[1], ["leg right inferred", "× 0\nthe same frame"])
+
+    async def test_sending_to_others(self):
+        """One frame up, and in one row that catches the eye, the push to this tab and others."""
+        tab = await self.wide_tab()
+        async with self.client(), self.client():
+            await tab.until("document.querySelector('#online').textContent === '3'")
+            await tab.type("hello\n")
+            _, push = await self.rows(tab, "send", "push")
+            self.assertEqual(push[0][0], "leg left")
+            self.assertEqual(push[1], ["leg right inferred", "× 2\nthe same frame"])
+            outline = look("#wire [data-kind=push]", "getComputedStyle(e).outlineStyle")
+            self.assertEqual(await tab.evaluate(outline), ["solid"])
+
+    async def test_receiving(self):
+        """What another says is drawn as a push that nobody here asked for, in their colour."""
+        tab = await self.wide_tab()
+        async with self.client() as other:
+            await other.say("hello")
+            (message,) = await self.rows(tab, "message")
+            self.assertEqual(message[0], ["leg left", "message, pushed\nnobody here asked"])
+            self.assertEqual(message[1], ["leg left inferred", f"{other.name} spoke\n“hello”"])
+            ray = "getComputedStyle(e.querySelector('.leg'), '::before').borderBottomColor"
+            name = await tab.evaluate(look("#messages .name", "getComputedStyle(e).color"))
+            self.assertEqual(await tab.evaluate(look("#wire [data-kind=message]", ray)), name)
+
+    async def test_presence(self):
+        """Presence is drawn as a push to everyone."""
+        tab = await self.wide_tab()
+        async with self.client():
+            await tab.until(f"{KINDS}.at(-1) === 'presence' && {says('#wire', '2 online')}")
+            row = (await tab.evaluate(look("#wire li", LEGS)))[-1]
+            self.assertEqual(row[0], ["leg left", "presence\n2 online"])
+            self.assertEqual(row[1], ["leg right inferred", "presence\n× 1"])
+
+    async def test_error(self):
+        """An error is drawn as the answer to this tab alone."""
+        tab = await self.wide_tab()
+        await tab.type("x" * 2001 + "\n")
+        _, error = await self.rows(tab, "send", "error")
+        self.assertEqual(error, [["leg left", "error\nto this tab alone"], ["leg none", ""]])
+
+    async def test_stop_and_start(self):
+        """A restart is drawn: the close code by name, the wait, and how it opens again."""
+        tab = await self.wide_tab()
+        self.server.close()
+        close, wait = await self.rows(tab, "close", "wait")
+        self.assertEqual(close[0], ["leg left", "close 1001 going away\nclean"])
+        self.assertRegex(wait[0][1], r"^wait\n[0-9.]+ s to reconnect$")
+        await until(lambda: not self.room.connections)
+        self.server = await chat.start(self.room, "127.0.0.1", self.port)
+        await self.rows(tab, "wait", "request", "response", "welcome")
+
+    async def test_plug(self):
+        """The plug stays pulled until it is put back; then what was missed comes with the
+        welcome, and what waited goes out, once.
+        """
+        tab = await self.wide_tab()
+        async with self.client() as friend:
+            await friend.say("before")
+            await self.rows(tab, "message")
+            await tab.click("#unplug")
+            (close,) = await self.rows(tab, "close")
+            self.assertEqual(close[0][0], "leg right")
+            await until(lambda: len(self.room.connections) == 1)
+            await friend.say("missed")
+            await tab.click("#draft")
+            await tab.type("one\ntwo\n")
+            await tab.offline(True)
+            await tab.offline(False)
+            state = "document.querySelector('#status').dataset.state"
+            self.assertEqual(await tab.evaluate(state), "unplugged")
+            self.assertEqual(len(self.room.connections), 1)
+            await tab.click("#unplug")
+            await tab.until(f"{STATES}.join() === 'delivered,delivered'")
+            kinds = ["close", "request", "response", "welcome", "send", "send", "push", "push"]
+            welcome = (await self.rows(tab, *kinds))[3]
+            self.assertEqual(welcome[0][1], "welcome\n1 remembered")
+            self.assertEqual(await tab.evaluate(TEXTS), ["before", "missed", "one", "two"])
+            self.assertEqual(await friend.contents(4), ["before", "missed", "one", "two"])
+
+    async def test_resending(self):
+        """What is sent again, since it did not come back, is drawn as such."""
+        tab = await self.wide_tab()
+        with mock.patch.object(self.room, "publish", mock.AsyncMock()):  # it is lost
+            await tab.type("hello\n")
+            await self.rows(tab, "send")
+            await tab.click("#unplug")
+            await until(lambda: not self.room.connections)
+        await tab.click("#unplug")
+        await self.rows(tab, "welcome", "resend", "push")
+
+    async def test_counters(self):
+        """Frames and bytes, up and down, and their ratio are what really passed."""
+        tab = await self.wide_tab()
+        async with self.client() as other:
+            await tab.type("żółć 👋\nhello\n" + "x" * 2001 + "\n")
+            await other.say("hi")
+            await self.rows(tab, "message")
+            await tab.until(says("#wire", "2 online"))
+            shown = await tab.evaluate(look("#panel b[id]", "+e.textContent"))
+            observed = []
+            for way in "Sent", "Received":
+                frames = tab.seen(f"Network.webSocketFrame{way}")
+                payloads = [frame["params"]["response"]["payloadData"] for frame in frames]
+                observed += [len(payloads), sum(len(payload.encode()) for payload in payloads)]
+            self.assertEqual(shown, observed)
+            ratio = f"1 up : {round(observed[2] / observed[0], 1):g} down"
+            self.assertEqual(
+                await tab.evaluate("document.querySelector('#ratio').innerText"), ratio
+            )
+
+    async def test_row_opens(self):
+        """A row opens on a click or Enter and shows its frame, with a meaning for each field."""
+        tab = await self.wide_tab()
+        await tab.type("hello\n")
+        await self.rows(tab, "send", "push")
+        await tab.evaluate("document.querySelector('[data-kind=push] summary').focus()")
+        await tab.press("Enter")
+        await tab.until(says("[data-kind=push] pre", '"hello"'))
+        frame = json.loads(
+            tab.seen("Network.webSocketFrameReceived")[-1]["params"]["response"]["payloadData"]
+        )
+        text = await tab.evaluate("document.querySelector('[data-kind=push] pre').innerText")
+        for key, value in frame.items():
+            self.assertIn(f"{key}: {json.dumps(value)}", text)
+        meanings = await tab.evaluate(look("[data-kind=push] abbr", "e.title"))
+        self.assertEqual(len([meaning for meaning in meanings if meaning]), len(frame))
+        self.assertRegex(text, r"[0-9]+ bytes, .*:")
+        await tab.click("[data-kind=send] summary")
+        await tab.until(says("[data-kind=send] pre", '"hello"'))
+
+    async def test_storm(self):
+        """A storm folds into few rows, of which the newest 200 stay."""
+        tab = await self.wide_tab()
+        for burst in range(30):
+            self.fill(100, start=burst * 100)
+        self.fill(1, start=3000)
+        await tab.until(f"{TEXTS}.includes('3000')")
+        self.assertTrue(await tab.evaluate(says("#wire", "message, pushed ×")))
+        self.assertLess(await tab.evaluate(f"{KINDS}.length"), 100)
+        for number in range(3001, 3001 + 240, 8):
+            self.fill(8, start=number)
+            await tab.until(f"{TEXTS}.includes('{number + 7}')")
+        self.assertEqual(await tab.evaluate(f"{KINDS}.length"), 200)
+
+    async def test_panel(self):
+        """The wire is open beside the log, behind a button where that is narrow, and stays as
+        it was left.
+        """
+        visible = "document.querySelector('#wire').checkVisibility()"
+        async with self.tab() as tab:
+            await tab.size(360, 640)
+            await tab.until(f"!{visible}")
+            await tab.size(1280, 800)
+            await tab.until(visible)
+            await tab.click("#wire-toggle")
+            self.assertFalse(await tab.evaluate(visible))
+            await tab.reload()
+            self.assertFalse(await tab.evaluate(visible))
+            await tab.size(360, 640)
+            await tab.click("#wire-toggle")
+            self.assertTrue(await tab.evaluate(visible))
+
+    async def test_sentences(self):
+        """Screen readers get each row as a sentence."""
+        tab = await self.wide_tab()
+        await tab.type("hello\n")
+        await self.rows(tab, "send", "push")
+        sentences = await tab.evaluate(look("#wire summary", "e.firstChild.textContent"))
+        for sentence in sentences:
+            self.assertRegex(sentence, "^(This tab|The server) .+[.]$")
+        hidden = look("#wire .leg", "e.ariaHidden")
+        self.assertEqual(set(await tab.evaluate(hidden)), {"true"})
+
+
+class Pictures(BrowserCase):
+    async def test_pictures(self):
+        """A conversation of three says the same in both colour schemes, wide and narrow; with
+        CHAT_SCREENSHOTS set to a folder, its pictures are left there.
+        """
+        async with self.tab() as tab, self.client() as first, self.client() as second:
+            await tab.until("document.querySelector('#online').textContent === '3'")
+            await first.say("Good morning! Does anybody see this?")
+            await tab.until(f"{TEXTS}.length === 1")
+            await tab.type("Yes. You sent one frame, and the server pushed it to all of us.\n")
+            await tab.until(f"{STATES}[0] === 'delivered'")
+            await second.say("I did not ask for it, and still it came. So that is push 👋")
+            await tab.until(f"{TEXTS}.length === 3")
+            texts = await tab.evaluate(TEXTS)
+            for shape, width, height in ("", 1280, 720), ("-narrow", 360, 640):
+                await tab.size(width, height)
+                if not await tab.evaluate("document.querySelector('#wire').checkVisibility()"):
+                    await tab.click("#wire-toggle")
+                for scheme in "light", "dark":
+                    features = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
+                    features = [{"name": n, "value": value} for n, value in features.items()]
+                    await tab.call("Emulation.setEmulatedMedia", features=features)
+                    self.assertEqual(await tab.evaluate(TEXTS), texts)
+                    picture = await tab.call("Page.captureScreenshot", format="png")
+                    if folder := os.environ.get("CHAT_SCREENSHOTS"):
+                        path = pathlib.Path(folder, f"{scheme}{shape}.png")
+                        path.write_bytes(base64.b64decode(picture["data"]))
 
 
 class PageAndProgram(ProgramCase, unittest.IsolatedAsyncioTestCase):
