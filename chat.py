@@ -448,17 +448,18 @@ def lan_address(family: socket.AddressFamily) -> str | None:
     return None
 
 
-def main(room: Room) -> None:
-    """Read the command line and serve the room."""
+def read_options() -> argparse.Namespace:
+    """Return host and port as the command line says, and set up the log."""
     parser = argparse.ArgumentParser(description="A chat room over WebSockets.")
     parser.add_argument("--host", default="localhost", help="0.0.0.0 for the whole network")
     parser.add_argument("--port", default=8080, type=int, help="default: %(default)s")
     parser.add_argument("--debug", action="store_true", help="log each handshake and frame")
-    args = parser.parse_args()
+    options = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(message)s")
-    logging.getLogger("websockets").setLevel("DEBUG" if args.debug else "WARNING")
-    asyncio.run(run(room, args.host, args.port))
+    logging.getLogger("websockets").setLevel("DEBUG" if options.debug else "WARNING")
+    return options
 
 
 if __name__ == "__main__":
-    main(Room())
+    options = read_options()
+    asyncio.run(run(Room(), options.host, options.port))

@@ -18,6 +18,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import tomllib
 import unittest
@@ -1127,11 +1128,11 @@ class Browser:
 class Tab:
     """A browser tab, driven over https://chromedevtools.github.io/devtools-protocol/."""
 
-    def __init__(self, browser, url, ready=None, opener=None):
+    def __init__(self, browser, url, ready=None, opener=None, ignore_certificate=False):
         """`ready` is the JavaScript to wait for; with an opener the tab hides that one."""
         self.browser, self.url, self.ids = browser, url, itertools.count()
         self.ready = ready or (ONLINE if url.startswith("http") else "true")
-        self.new_window = opener is None
+        self.new_window, self.ignore_certificate = opener is None, ignore_certificate
         self.answers, self.events = {}, []
 
     async def __aenter__(self):
@@ -1146,6 +1147,7 @@ class Tab:
         self.reading = asyncio.create_task(self.read())
         for domain in "Page", "Runtime", "Log", "Network":
             await self.call(f"{domain}.enable")
+        await self.call("Security.setIgnoreCertificateErrors", ignore=self.ignore_certificate)
         await self.call("Page.navigate", url=self.url)
         await self.until(f"document.readyState === 'complete' && {self.ready}")
         return self
@@ -1789,6 +1791,7 @@ class Wire(BrowserCase):
         """Return a tab that is wide enough for the wire beside the log, without a scroll bar."""
         tab = await self.enterAsyncContext(self.tab())
         await tab.size(1280, 1600)
+        await tab.until("document.querySelector('#wire').checkVisibility()")
         return tab
 
     async def rows(self, tab, *kinds):
@@ -2073,3 +2076,290 @@ class PageAndProgram(ProgramCase, unittest.IsolatedAsyncioTestCase):
                 shown = await tab.evaluate(TEXTS)
                 self.assertEqual(len(shown), len(set(shown)))
                 self.assertLessEqual(set(shown), set(said))
+
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def listings(language):
+    """Return the code blocks of one language in the README, in order."""
+    blocks = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", README, re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(block) for _, block in blocks]
+
+
+def need(program):
+    """Return the path of a program, or skip the test."""
+    return shutil.which(program) or skip(f"{program} is not installed")
+
+
+def free_port():
+    """Return a port that is free now, for a program that cannot choose one itself."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+class ReadmeCase(ProgramCase, unittest.IsolatedAsyncioTestCase):
+    """Runs what the README prints, in a copy of the project."""
+
+    def setUp(self):
+        self.folder = self.enterContext(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        for name in "chat.py", "index.html", "requirements.txt":
+            shutil.copy(HERE / name, self.folder)
+
+    async def asyncSetUp(self):
+        asyncio.get_running_loop().slow_callback_duration = PATIENCE  # programs take time to start
+
+    def use_this_python(self):
+        """Let .venv be the environment that runs the tests, rather than install it again."""
+        if not pathlib.Path(sys.prefix, "bin", "python").exists():
+            skip("the README's sh blocks need a virtual environment with a bin folder")
+        pathlib.Path(self.folder, ".venv").symlink_to(sys.prefix)
+
+    def sh(self, script, port=8080, **environment):
+        """Start a script in the copy, on another port than 8080; return its process."""
+        process = subprocess.Popen(
+            ["bash", "-ec", script.replace("8080", f"{port}")],
+            cwd=self.folder,
+            env=os.environ | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",  # curl shows the bytes of a frame
+            start_new_session=True,
+        )
+        for end in process.stdin, process.stdout, process.stderr:
+            self.addCleanup(end.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(self.end, process)
+        return process
+
+    def end(self, process):
+        """Kill a script and what it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def until_served(self, process):
+        """Wait until a script's server runs; return the lines that it printed before."""
+        lines = [process.stdout.readline()]
+        while "Ctrl-C" not in lines[-1]:
+            self.assertTrue(lines[-1], lines)
+            lines.append(process.stdout.readline())
+        return "".join(lines)
+
+
+@unittest.skipIf(sys.platform == "win32", "the README's sh blocks are not for Windows")
+class Readme(ReadmeCase):
+    def block(self, words):
+        """Return the sh block that contains these words."""
+        (found,) = [block for block in listings("sh") if words in block]
+        return found
+
+    def test_sizes(self):
+        """It begins with the true line counts, and is itself not too long."""
+        for name in "chat.py", "index.html":
+            lines = len((HERE / name).read_text(encoding="utf-8").splitlines())
+            self.assertRegex(README, rf"{lines}\s+lines\s+of\s+[A-Za-z]+\s+in\s+\[`{name}`\]")
+        self.assertLess(len(README.splitlines()), 250)
+
+    def test_all_blocks_are_known(self):
+        """Each sh block has its test here; the one that runs the tests is run by .ci/run."""
+        known = ["&& .venv/bin/python chat.py", "unittest", "--debug", "curl", "-m websockets"]
+        known += ["--host 0.0.0.0", "install redis"]
+        self.assertEqual(len(listings("sh")), len(known))
+        for words in known:
+            self.block(words)
+
+    async def test_run(self):
+        """The command that runs it does its whole set-up, from nothing."""
+        port = free_port()
+        script = self.block("&& .venv/bin/python chat.py").replace(
+            "chat.py", f"chat.py --port {port}"
+        )
+        said = await asyncio.to_thread(self.until_served, self.sh(script))
+        self.assertIn(f"http://localhost:{port} ", said)
+
+    async def test_debug(self):
+        """With --debug the terminal shows handshakes, frames and the close."""
+        self.use_this_python()
+        port = free_port()
+        server = self.sh(self.block("--debug").replace("--debug", f"--debug --port {port}"))
+        self.until_served(server)
+        async with Client(port) as client:
+            await client.say("hello")
+            await client.contents(1)
+        os.killpg(server.pid, signal.SIGTERM)
+        log = server.communicate(timeout=PATIENCE)[1]
+        for sign in "GET /ws", "101 Switching Protocols", "TEXT", "CLOSE":
+            self.assertIn(sign, log)
+
+    async def test_curl(self):
+        """The handshake by hand shows the answer to the key, and the welcome."""
+        need("curl")
+        _, port, _ = self.start_serving()
+        shown, _ = await asyncio.to_thread(self.sh(self.block("curl"), port).communicate)
+        self.assertIn("101 Switching Protocols", shown)
+        self.assertIn("Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=", shown)
+        self.assertIn("welcome", shown)
+
+    async def test_terminal(self):
+        """The library's own client joins, speaks and leaves."""
+        self.use_this_python()
+        _, port, _ = self.start_serving()
+        async with Client(port) as friend:
+            client = self.sh(self.block("-m websockets"), port)
+            client.stdin.write('{"content": "hello"}\n')
+            client.stdin.flush()
+            self.assertEqual(await friend.contents(1), ["hello"])
+            shown, _ = await asyncio.to_thread(client.communicate, "")
+        self.assertIn("Welcome!", shown)
+
+    async def test_whole_network(self):
+        """--host 0.0.0.0 serves all addresses."""
+        self.use_this_python()
+        port = free_port()
+        block = self.block("--host 0.0.0.0").replace("0.0.0.0", f"0.0.0.0 --port {port}")
+        self.until_served(self.sh(block))
+        async with Client(port) as client:
+            self.assertEqual(client.welcome["online"], 1)
+
+    async def test_nginx(self):
+        """Behind nginx with the README's configuration, two tabs talk over wss:."""
+        nginx, openssl, port, folder = need("nginx"), need("openssl"), free_port(), self.folder
+        _, upstream, _ = self.start_serving()
+        key, certificate = f"{folder}/key.pem", f"{folder}/certificate.pem"
+        command = "req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost"
+        making = self.sh(f"exec {openssl} {command} -keyout {key} -out {certificate}")
+        self.assertEqual(await asyncio.to_thread(making.wait), 0)
+        (server,) = listings("nginx")
+        for old, new in {
+            "listen 443 ssl": f"listen 127.0.0.1:{port} ssl",
+            "/etc/ssl/chat.example.pem": certificate,
+            "/etc/ssl/chat.example.key": key,
+            "127.0.0.1:8080": f"127.0.0.1:{upstream}",
+        }.items():
+            self.assertIn(old, server)
+            server = server.replace(old, new)
+        paths = "".join(
+            f"{name}_temp_path {folder};"
+            for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        pathlib.Path(folder, "nginx.conf").write_text(
+            f"daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log; events {{}}\n"
+            f"http {{ access_log off; {paths}\n{server}\n}}\n"
+        )
+        proxy = self.sh(f"exec {nginx} -e {folder}/error.log -c {folder}/nginx.conf")
+        await until(lambda: proxy.poll() is not None or is_open(port))
+        url = f"https://localhost:{port}/"
+        ignoring = {"ready": ONLINE, "ignore_certificate": True}
+        async with (
+            Tab(shared_browser(), url, **ignoring) as first,
+            Tab(shared_browser(), url, **ignoring) as second,
+        ):
+            await first.type("hello\n")
+            await second.until(f"{TEXTS}.includes('hello')")
+            await second.type("hello back\n")
+            await first.until(f"{TEXTS}.includes('hello back')")
+            created = first.seen("Network.webSocketCreated")[0]["params"]["url"]
+            self.assertEqual(created, f"wss://localhost:{port}/ws")
+
+
+def is_open(port):
+    """Tell whether a server listens there."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@unittest.skipIf(sys.platform == "win32", "Redis is not for Windows")
+class RedisStreams(ReadmeCase):
+    """The README's chat_redis.py: two servers, one Redis."""
+
+    def setUp(self):
+        super().setUp()
+        need("redis-server")
+        try:
+            __import__("redis")
+        except ImportError:
+            skip("the redis package is not installed")
+        self.use_this_python()
+        (listing,) = listings("python")
+        self.assertLessEqual(len(listing.splitlines()), 40)
+        pathlib.Path(self.folder, "chat_redis.py").write_text(listing)
+        self.redis_port = free_port()
+
+    async def redis(self):
+        """Start Redis, with what it kept on disk when it last ran."""
+        options = f"--port {self.redis_port} --bind 127.0.0.1 --dir {self.folder} --appendonly yes"
+        process = self.sh(f"exec redis-server {options}")
+        await until(lambda: is_open(self.redis_port))
+        return process
+
+    async def server(self, port=0):
+        """Start a chat server; return its process and its port."""
+        command = f"exec .venv/bin/python chat_redis.py --host 127.0.0.1 --port {port}"
+        process = self.sh(command, REDIS_URL=f"redis://127.0.0.1:{self.redis_port}")
+        return process, int(re.search(r":(\d+)", self.until_served(process))[1])
+
+    async def test_one_order(self):
+        """Tabs on two servers see all messages once, in one order."""
+        await self.redis()
+        (_, one), (_, two) = await self.server(), await self.server()
+        async with Client(one) as first, Client(two) as second:
+            for number in range(15):
+                await first.say(f"first {number}")
+                await second.say(f"second {number}", id=f"{number}")
+            order = await first.contents(30)
+            self.assertEqual(await second.contents(30), order)
+            self.assertEqual(len(set(order)), 30)
+
+    async def test_one_server_dies(self):
+        """A tab whose server is killed resumes on the other, and nothing is lost or doubled."""
+        await self.redis()
+        (doomed, one), (_, two) = await self.server(), await self.server()
+        async with Client(one) as first, Client(two) as second:
+            await first.say("seen", id="seen")
+            await first.contents(1)
+            doomed.kill()
+            await second.say("missed")
+            self.assertEqual(await second.contents(2), ["seen", "missed"])
+            async with Client(two, after="seen") as back:
+                history = [message["content"] for message in back.welcome["history"]]
+                self.assertEqual((history, back.welcome["gap"]), (["missed"], False))
+                await back.say("seen", id="seen")
+                await back.say("here again")
+                self.assertEqual(await second.contents(1), ["here again"])
+
+    async def test_server_restarts(self):
+        """A server that starts fills its history from the stream before anybody joins."""
+        await self.redis()
+        server, port = await self.server()
+        async with Client(port) as client:
+            await client.say("before", id="before")
+            await client.contents(1)
+        server.terminate()
+        server.wait()
+        self.assertEqual(server.returncode, 0)
+        _, port = await self.server(port)
+        async with Client(port, after="before") as client:
+            self.assertEqual((client.welcome["history"], client.welcome["gap"]), ([], False))
+
+    async def test_redis_goes_and_comes_back(self):
+        """While Redis is away tabs stay connected and are told so; later all goes on as before."""
+        redis = await self.redis()
+        (_, one), (_, two) = await self.server(), await self.server()
+        async with Client(one) as first, Client(two) as second:
+            await first.say("before")
+            self.assertEqual(await second.contents(1), ["before"])
+            redis.terminate()
+            redis.wait()
+            await first.say("lost", id="lost")
+            error = await first.frame("error")
+            self.assertEqual(error["id"], "lost")
+            self.assertIn("Send it again", error["content"])
+            await self.redis()
+            frame = error
+            while frame.get("id") != "retried" or frame["type"] == "error":
+                await first.say("retried", id="retried")
+                frame = await first.frame("error", "message")
+            await second.say("after")
+            self.assertEqual(await second.contents(2), ["retried", "after"])
