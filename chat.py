@@ -136,7 +136,7 @@ class Room:
         self.connections: set[websockets.ServerConnection] = set()
         self.names: set[str] = set()  # of the connections, no two the same
         self.history: dict[str, Frame] = {}  # the last messages by id, oldest first
-        self.announced: set[str] = set()  # the names that the last presence frame left known
+        self.announced: set[str] = set()  # the names that everyone was last told of
         self.announcement_due = False
         self.capacity = most_connections()
 
@@ -155,8 +155,8 @@ class Room:
         online = len(self.names)
         content = f"Welcome! {name} is your name here, {online} online."
         welcome = frame("welcome", name, content, online=online, history=history, gap=gap)
-        # There is no await between reading the history and joining the set, so no message can
-        # fall between them. That is why this is a broadcast to one: it does not wait.
+        # No await may stand between reading the history and joining the set: others could speak
+        # meanwhile. So this is a broadcast to one, which needs none, where `send` would.
         websockets.broadcast([connection], encode(welcome))
         self.connections.add(connection)
         self.announce_soon()
@@ -235,7 +235,7 @@ async def its_turn(connection: websockets.ServerConnection, times: deque[float])
     """
     wait = times[0] + 1 - time.monotonic() if len(times) == MESSAGES_PER_SECOND else 0
     if wait > 0:
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError):  # which means that it is still there
             await asyncio.wait_for(connection.wait_closed(), wait)
             return False
     times.append(time.monotonic())
@@ -333,16 +333,16 @@ class GatheringTransport:
         self.transport = transport
         self.held: list[bytes] = []
         self.held_size = 0
-        for name in TRANSPORT_METHODS - vars(GatheringTransport).keys():
+        for name in TRANSPORT_METHODS - vars(GatheringTransport).keys():  # all that is not here
             setattr(self, name, getattr(transport, name))
 
     def write(self, data: bytes) -> None:
-        global newest
-        if data != newest:
-            newest = data
+        global last_written
+        if data != last_written:
+            last_written = data
         if not self.held:
             asyncio.get_running_loop().call_soon(self.flush)
-        self.held.append(newest)  # all connections hold the same bytes, not a copy each
+        self.held.append(last_written)  # `broadcast` makes a copy for each: all hold the same one
         self.held_size += len(data)
         if self.held_size > MAX_HELD:
             self.flush()
@@ -361,7 +361,7 @@ class GatheringTransport:
         self.transport.close()
 
 
-newest = b""  # what was last written, to whichever connection
+last_written = b""  # to whichever connection
 TRANSPORT_METHODS = {name for name in dir(asyncio.Transport) if not name.startswith("_")}
 
 
@@ -412,13 +412,12 @@ async def start(room: Room, host: str, port: int) -> websockets.Server:
             close_timeout=CLOSE_TIMEOUT,
             max_size=MAX_FRAME,
             write_limit=MAX_UNSENT,
-            backlog=ACCEPTED_PER_TURN,
+            backlog=ACCEPTED_PER_TURN,  # to asyncio that, and how many may wait: see below
         )
     except (OSError, OverflowError, UnicodeError) as problem:
         where = f"{host} port {port} ({problem})"
         sys.exit(f"chat.py: cannot serve at {where}. Choose others with --host and --port.")
     for listening in server.sockets:
-        # asyncio takes one number for both: how many wait, and how many it accepts in a turn.
         with socket.fromfd(listening.fileno(), listening.family, listening.type) as same:
             same.listen(LISTEN_BACKLOG)
     return server
