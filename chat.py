@@ -23,6 +23,8 @@ sender what was wrong.
 
 After a disconnection, `GET /ws?after=c0ffee` resumes after that message. An `id` that is still
 remembered is not pushed again, so a client may resend what it never saw come back.
+
+To understand push, read `converse`, then `Room.join` and `Room.deliver`. The rest serves them.
 """
 
 import argparse
@@ -412,7 +414,7 @@ async def start(room: Room, host: str, port: int) -> websockets.Server:
             close_timeout=CLOSE_TIMEOUT,
             max_size=MAX_FRAME,
             write_limit=MAX_UNSENT,
-            backlog=ACCEPTED_PER_TURN,  # to asyncio that, and how many may wait: see below
+            backlog=ACCEPTED_PER_TURN,  # and as many may wait, until the next lines
         )
     except (OSError, OverflowError, UnicodeError) as problem:
         where = f"{host} port {port} ({problem})"
