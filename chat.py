@@ -343,7 +343,9 @@ class GatheringTransport:
         if data != last_written:
             last_written = data
         if not self.held:
-            asyncio.get_running_loop().call_soon(self.flush)
+            if not holding:
+                asyncio.get_running_loop().call_soon(end_turn)
+            holding.append(self)
         self.held.append(last_written)  # `broadcast` makes a copy for each: all hold the same one
         self.held_size += len(data)
         if self.held_size > MAX_HELD:
@@ -363,7 +365,14 @@ class GatheringTransport:
         self.transport.close()
 
 
-last_written = b""  # to whichever connection
+def end_turn() -> None:
+    for transport in holding:
+        transport.flush()
+    holding.clear()
+
+
+holding: list[GatheringTransport] = []  # those to which something was written in this turn
+last_written = b""  # to whichever of them
 TRANSPORT_METHODS = {name for name in dir(asyncio.Transport) if not name.startswith("_")}
 
 
