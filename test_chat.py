@@ -278,6 +278,24 @@ class Protocol(ServerCase):
             for seen in await asyncio.gather(*joining):
                 self.assertEqual(seen, [f"{number}" for number in range(total)])
 
+    async def test_same_turn(self):
+        """What is said in the very turn of a join is in the history or comes live, never both,
+        and never before the welcome.
+        """
+        join = self.room.join
+
+        def join_amid_talk(*arguments):
+            self.fill(1, start=0)
+            name = join(*arguments)
+            self.fill(1, start=1)
+            return name
+
+        with mock.patch.object(self.room, "join", join_amid_talk):
+            async with self.client() as client:
+                self.assertEqual(client.welcome["type"], "welcome")
+                self.assertEqual([m["content"] for m in client.welcome["history"]], ["0"])
+                self.assertEqual(await client.contents(1), ["1"])
+
     async def test_history(self):
         """Newcomers are shown the last 50 messages, the oldest first, as they were pushed."""
         async with self.client() as witness:
@@ -1024,6 +1042,26 @@ class CommandLine(ProgramCase):
         asyncio.run(crowd())
         process.terminate()
         self.assertEqual(process.communicate(timeout=PATIENCE), ("", ""))
+
+    @unittest.skipIf(sys.platform == "win32", "Windows does not limit file descriptors so")
+    def test_rush(self):
+        """More latecomers at once than there are descriptors left wait, and all get 1013."""
+        _, port, _ = self.start_serving(shell_first="ulimit -n 128")
+
+        async def rush():
+            async with contextlib.AsyncExitStack() as stack:
+                inside = [await stack.enter_async_context(Client(port)) for _ in range(96)]
+
+                async def come_late():
+                    async with websockets.connect(inside[0].url, proxy=None) as late:
+                        with self.assertRaises(websockets.ConnectionClosed) as closed:
+                            await late.recv()
+                    return closed.exception.rcvd.code
+
+                codes = await asyncio.gather(*(come_late() for _ in range(60)))
+                self.assertEqual(set(codes), {1013})
+
+        asyncio.run(rush())
 
     @unittest.skipIf(sys.platform == "win32", "Windows has no signal to send here")
     def test_second_signal(self):
