@@ -1010,6 +1010,13 @@ class CommandLine(ProgramCase):
 
         self.assertLess(asyncio.run(talk()), 200)
 
+    async def come_late(self, port):
+        """Connect to a full room; return the close frame that comes instead of a welcome."""
+        async with websockets.connect(f"ws://127.0.0.1:{port}/ws", proxy=None) as connection:
+            with self.assertRaises(websockets.ConnectionClosed) as closed:
+                await connection.recv()
+        return closed.exception.rcvd
+
     @unittest.skipIf(sys.platform == "win32", "Windows does not limit file descriptors so")
     def test_full_room(self):
         """Before file descriptors run out newcomers get 1013 and a reason; those inside stay."""
@@ -1018,15 +1025,9 @@ class CommandLine(ProgramCase):
         async def crowd():
             async with contextlib.AsyncExitStack() as stack:
                 inside = [await stack.enter_async_context(Client(port)) for _ in range(32)]
-
-                async def come_late():
-                    async with websockets.connect(inside[0].url, proxy=None) as late:
-                        with self.assertRaises(websockets.ConnectionClosed) as closed:
-                            await late.recv()
-                    return closed.exception.rcvd
-
                 for _ in range(4):
-                    for refusal in await asyncio.gather(*(come_late() for _ in range(12))):
+                    late = (self.come_late(port) for _ in range(12))
+                    for refusal in await asyncio.gather(*late):
                         self.assertEqual(refusal.code, 1013)
                         self.assertIn("full", refusal.reason)
                 await inside[0].say("hello")
@@ -1050,16 +1051,11 @@ class CommandLine(ProgramCase):
 
         async def rush():
             async with contextlib.AsyncExitStack() as stack:
-                inside = [await stack.enter_async_context(Client(port)) for _ in range(96)]
-
-                async def come_late():
-                    async with websockets.connect(inside[0].url, proxy=None) as late:
-                        with self.assertRaises(websockets.ConnectionClosed) as closed:
-                            await late.recv()
-                    return closed.exception.rcvd.code
-
-                codes = await asyncio.gather(*(come_late() for _ in range(60)))
-                self.assertEqual(set(codes), {1013})
+                for _ in range(96):
+                    await stack.enter_async_context(Client(port))
+                late = (self.come_late(port) for _ in range(60))
+                codes = {refusal.code for refusal in await asyncio.gather(*late)}
+                self.assertEqual(codes, {1013})
 
         asyncio.run(rush())
 
@@ -1688,6 +1684,18 @@ class Page(BrowserCase):
                 if target["url"] == tab.url and not target["attached"]:
                     await tab.call("Target.closeTarget", targetId=target["targetId"])
             await until(lambda: len(self.room.connections) == 1)
+
+    async def test_left_over(self):
+        """Whoever is alone again after a conversation is not told that they are the first."""
+        async with self.tab() as tab:
+            async with self.client() as other:
+                await other.say("hello")
+                await tab.until(f"{TEXTS}.length === 1")
+                await tab.until(says("#messages", "joined."))
+            await tab.until(says("#messages", f"{other.name} left."))
+            self.assertFalse(
+                await tab.evaluate("document.querySelector('#alone').checkVisibility()")
+            )
 
     async def test_draft_grows(self):
         """Shift+Enter breaks the line, the draft grows to five lines, and Enter sends it all."""
