@@ -316,6 +316,12 @@ class Connection(websockets.ServerConnection):
         gathering = GatheringTransport(cast(asyncio.Transport, transport))
         super().connection_made(cast(asyncio.Transport, gathering))
 
+    def data_received(self, data: bytes) -> None:
+        """Drop a client that broke the protocol right behind its request, before the answer."""
+        super().data_received(data)
+        if self.request and not self.response and cast(GatheringTransport, self.transport).ended:
+            self.transport.abort()
+
     def pause_writing(self) -> None:
         """Cut off a client that reads too slowly: asyncio calls this at MAX_UNSENT bytes."""
         super().pause_writing()
@@ -335,11 +341,15 @@ class GatheringTransport:
         self.transport = transport
         self.held: list[bytes] = []
         self.held_size = 0
+        self.ended = False
+        self.abort = transport.abort
         for name in TRANSPORT_METHODS - vars(GatheringTransport).keys():  # all that is not here
             setattr(self, name, getattr(transport, name))
 
     def write(self, data: bytes) -> None:
         global last_written
+        if self.ended:
+            raise RuntimeError("Cannot call write() after write_eof()")
         if data != last_written:
             last_written = data
         if not self.held:
@@ -358,6 +368,7 @@ class GatheringTransport:
 
     def write_eof(self) -> None:
         self.flush()
+        self.ended = True
         self.transport.write_eof()
 
     def close(self) -> None:
@@ -366,9 +377,14 @@ class GatheringTransport:
 
 
 def end_turn() -> None:
-    for transport in holding:
-        transport.flush()
-    holding.clear()
+    global holding
+    flushing, holding = holding, []
+    for transport in flushing:
+        try:
+            transport.flush()
+        except Exception:  # which must not cost the others their frames
+            logging.exception("A transport cannot be written to")
+            transport.abort()
 
 
 holding: list[GatheringTransport] = []  # those to which something was written in this turn

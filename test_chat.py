@@ -102,7 +102,7 @@ class ServerCase(unittest.IsolatedAsyncioTestCase):
     async def asyncSetUp(self):
         self.complaints = []
         complain = logging.Handler(logging.WARNING)
-        complain.emit = lambda record: self.complaints.append(record.getMessage())
+        complain.emit = lambda record: self.complaints.append(complain.format(record))
         logging.getLogger().addHandler(complain)
         self.addCleanup(logging.getLogger().removeHandler, complain)
         asyncio.get_running_loop().slow_callback_duration = PATIENCE  # slow is not wrong
@@ -133,10 +133,13 @@ class ServerCase(unittest.IsolatedAsyncioTestCase):
         """Send bytes to the server; return what it answers until it closes or falls silent."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(data)
-        async with asyncio.timeout(PATIENCE):
-            answer = await reader.read()
+        answer = b""
+        with contextlib.suppress(ConnectionError):  # a reset is an end as well
+            async with asyncio.timeout(PATIENCE):
+                answer = await reader.read()
         writer.close()
-        await writer.wait_closed()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
         return answer.decode()
 
     async def http(self, line, **headers):
@@ -512,6 +515,103 @@ class BadInput(ServerCase):
         await server.wait_closed()
 
 
+def masked(payload, first=0x81):
+    """Return the bytes of a client's frame, masked with zeros (RFC 6455, section 5.2)."""
+    size = len(payload)
+    length = bytes([0x80 | size]) if size < 126 else b"\xfe" + size.to_bytes(2)
+    return bytes([first]) + length + bytes(4) + payload
+
+
+ENDING_FRAMES = {
+    "a close frame": masked((1000).to_bytes(2), first=0x88),
+    "an empty close frame": masked(b"", first=0x88),
+    "an unmasked frame": b"\x81\x05hello",
+    "a reserved bit": masked(b"hello", first=0xC1),
+    "an unknown opcode": masked(b"hello", first=0x83),
+    "a continuation of nothing": masked(b"hello", first=0x80),
+    "a frame too long": b"\x81\xff" + bytes([0x7F]) + bytes(11),
+    "a second request": b"GET /ws HTTP/1.1\r\n\r\n",
+}
+
+
+class Rubbish(ServerCase):
+    """What one connection sends, in whatever state and pieces, the others go on."""
+
+    async def test_end_right_behind_the_request(self):
+        """Whatever ends the stream before the answer has left, all others are heard as before."""
+        requests = {"/ws": upgrade_request(self.port), "/": b"GET / HTTP/1.1\r\n\r\n"}
+        async with self.client() as speaker, self.client() as listener:
+            for path, kind in itertools.product(requests, ENDING_FRAMES):
+                with self.subTest(path=path, kind=kind):
+                    await self.raw(requests[path] + ENDING_FRAMES[kind])
+                    await speaker.say(kind)
+                    self.assertEqual(await listener.contents(1), [kind])
+            await until(lambda: len(self.room.connections) == 2)
+
+    async def test_fuzz(self):
+        """While 300 connections send random bytes and frames in random pieces and end in random
+        ways, two others hold a conversation of which every message arrives.
+        """
+        chance = random.Random(4)
+
+        def frame():
+            payload = chance.randbytes(chance.choice([0, 1, 2, 5, 125, 126, 4000]))
+            if chance.random() < 0.5:
+                payload = json.dumps({"content": chance.choice(["", "hi", "x" * 2001])}).encode()
+            if chance.random() < 0.1:
+                return chance.randbytes(chance.randrange(40))
+            if chance.random() < 0.2:
+                return chance.choice([*ENDING_FRAMES.values()])
+            opcode = chance.choice([0, 1, 1, 1, 2, 8, 9, 10, chance.randrange(16)])
+            final = chance.choice([0x80, 0x80, 0x80, 0])
+            return masked(payload[:125] if opcode > 7 else payload, first=final | opcode)
+
+        async def rubbish():
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            data = b"".join(frame() for _ in range(chance.randrange(9)))
+            if chance.random() < 0.9:
+                data = upgrade_request(self.port) + data
+            with contextlib.suppress(OSError):  # the server may have closed it meanwhile
+                while data:
+                    size = chance.choice([1, 100, 4000, len(data), len(data)])
+                    writer.write(data[:size])
+                    data = data[size:]
+                    if chance.random() < 0.2:
+                        await asyncio.sleep(chance.random() / 50)
+                    await writer.drain()
+                if chance.random() < 0.3:
+                    writer.write_eof()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(chance.random() / 20):
+                        await reader.read()
+            if chance.random() < 0.5:
+                writer.transport.abort()
+            writer.close()
+
+        async def converse(speaker, listener, rubbishing):
+            count = 0
+            while not rubbishing.done():
+                await speaker.say(f"{count}", nonce=speaker.name)
+                for client in speaker, listener:
+                    frame = await client.frame("message")
+                    while frame["username"] != speaker.name:
+                        frame = await client.frame("message")
+                    self.assertEqual(frame["content"], f"{count}")
+                count += 1
+                await asyncio.sleep(0.05)
+            self.assertGreater(count, 3)
+
+        async def all_rubbish():
+            for _ in range(10):
+                await asyncio.gather(*(rubbish() for _ in range(30)))
+
+        async with self.client() as speaker, self.client() as listener:
+            rubbishing = asyncio.create_task(all_rubbish())
+            await converse(speaker, listener, rubbishing)
+            await rubbishing
+            await until(lambda: len(self.room.connections) == 2)
+
+
 class Http(ServerCase):
     async def test_page(self):
         """GET / answers with the page and headers that let nothing else in."""
@@ -751,6 +851,34 @@ class Writing(ServerCase):
             self.push(*["more"] * 10)
             await until(lambda: not self.room.connections)
             self.assertEqual(counting.writes, writes)
+
+    async def test_write_after_the_end(self):
+        """A write after write_eof raises to whoever writes, as asyncio's own transports do."""
+        async with self.client() as client:
+            (connection,) = self.room.connections
+            connection.transport.write_eof()
+            with self.assertRaisesRegex(RuntimeError, "write_eof"):
+                connection.transport.write(b"late")
+            with self.assertRaises(websockets.ConnectionClosed):
+                await client.frame("message")
+
+    async def test_flush_that_raises(self):
+        """Whatever flushing one transport raises, all others are flushed, in this turn and the
+        next; the one is cut off, since it has lost a frame.
+        """
+        async with self.client() as one, self.client() as two, self.client() as three:
+            broken = CountingConnection.counts[two.port]
+            with mock.patch.object(broken, "write", side_effect=ValueError("broken")):
+                self.push("now")
+                self.push("later")
+                for client in one, three:
+                    self.assertEqual(await client.contents(2), ["now", "later"])
+            self.push("then")
+            for client in one, three:
+                self.assertEqual(await client.contents(1), ["then"])
+            await until(lambda: len(self.room.connections) == 2)
+        self.assertEqual(len(self.complaints), 1)
+        self.complaints.clear()
 
     async def serve_tls(self, folder):
         """Start a TLS server with a certificate of its own making; return it and a client."""
@@ -2313,7 +2441,8 @@ class Readme(ReadmeCase):
         """It begins with the true line counts, and is itself not too long."""
         for name in "chat.py", "index.html":
             lines = len((HERE / name).read_text(encoding="utf-8").splitlines())
-            self.assertRegex(README, rf"{lines}\s+lines\s+of\s+[A-Za-z]+\s+in\s+\[`{name}`\]")
+            told = re.search(rf"([0-9]+)\s+lines\s+of\s+[A-Za-z]+\s+in\s+\[`{name}`\]", README)
+            self.assertEqual((name, int(told[1])), (name, lines))
         self.assertLess(len(README.splitlines()), 250)
 
     def test_all_blocks_are_known(self):
