@@ -4,27 +4,27 @@
 # ///
 """A chat room that shows how a server pushes messages with WebSockets.
 
-Run `python chat.py`, open the address that it prints in two tabs, type in one.
+Run `python chat.py`, open the address that it prints in two windows, type in one.
 
 `GET /` serves the page. `GET /ws` upgrades to a WebSocket (RFC 6455): a connection that stays
 open, on which both sides may speak at any time. What they say goes in text frames that hold one
 JSON object each. A client says
 
-    {"content": "hello", "id": "c0ffee"}
+    {"content": "hello", "nonce": "c0ffee"}
 
 and the server pushes to everyone, the sender included,
 
     {"type": "message", "username": "Port54321", "content": "hello",
-     "id": "c0ffee", "time": "2026-11-23T09:30:00.000+00:00"}
+     "id": "5eed", "nonce": "c0ffee", "time": "2026-11-23T09:30:00.000+00:00"}
 
-Its other frames have `type`, `username` and `content` as well: `welcome` comes first and tells a
-newcomer its name and the `history`; `presence` tells everyone who came or went; `error` tells a
-sender what was wrong.
+Its other frames have `type`, `username` and `content` as well: `welcome` comes first and gives a
+newcomer its name and the `history`; `presence` tells everyone who came or went, or just that the
+connection is alive; `error` tells a sender what was wrong.
 
-After a disconnection, `GET /ws?after=c0ffee` resumes after that message. An `id` that is still
-remembered is not pushed again, so a client may resend what it never saw come back.
-
-To understand push, read `converse`, then `Room.join` and `Room.deliver`. The rest serves them.
+A message has two names, for two ends. The sender chooses the `nonce`: what has the nonce and the
+content of a remembered message is that message and is not pushed again, so a client may resend
+what it never saw come back. The server gives the `id`, never the same twice: after a
+disconnection, `GET /ws?after=5eed` resumes after that message.
 """
 
 import argparse
@@ -34,98 +34,40 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import pathlib
 import re
+import secrets
 import signal
 import socket
 import sys
 import time
-import uuid
 from base64 import b64encode
 from collections import deque
+from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import cast
+from typing import Any
 from urllib.parse import parse_qs
 
 import websockets
+from websockets import ConnectionClosed, Headers, Request, Response, ServerConnection, State
 
 try:
     import resource
-except ImportError:  # on Windows
+except ImportError:  # on Windows, which does not limit file descriptors
     resource = None  # type: ignore[assignment]
 
-# Limits
-
-MAX_CONTENT = 2_000  # characters (code points) of a message: a long paragraph, not a file
-MAX_ID = 64  # characters of an id: any UUID or hash fits
-MAX_FRAME = 32 * 1024  # bytes: MAX_CONTENT escaped ("\ud83d\ude00", 12 a character), and the rest
 REMEMBERED = 50  # messages, for newcomers and for those who were away: a screen or two
 MESSAGES_PER_SECOND = 20  # from one connection: nobody types faster, and pages resend as many
-PRESENCE_INTERVAL = 0.25  # seconds: a thousand joins at once cost a tab four frames a second
-PING_INTERVAL = 20  # seconds, and as many to answer: proxies cut connections silent for 60
-MAX_UNSENT = 1024 * 1024  # bytes that a client may leave unread; a welcome has at most 600 KB
-MAX_HELD = 16 * 1024  # bytes held for a connection until a turn of the event loop ends
-SPARE_DESCRIPTORS = 32  # of the file descriptors, for newcomers, pages and the log
-ACCEPTED_PER_TURN = 8  # newcomers: they take descriptors before it is known if there is room
-LISTEN_BACKLOG = 1024  # connections that the kernel lets wait meanwhile: all tabs, coming back
-CLOSE_TIMEOUT = 1  # seconds that a client has to answer a close frame
-STOP_TIMEOUT = 1.5  # seconds for all of them when the server stops, half-open ones included
 
-# Frames
+Fields = dict[str, Any]  # the JSON object in a frame
 
-Frame = dict[str, object]  # the JSON object in it
+# The push
 
 
-class Refused(Exception):
-    """A client sent what cannot be used. Says what to send instead; `about` may hold its id."""
-
-    def __init__(self, text: str, **about: str) -> None:
-        super().__init__(text)
-        self.about = about
-
-
-def frame(type: str, username: str, content: str, **more: object) -> Frame:
-    return {"type": type, "username": username, "content": content, **more}
-
-
-def encode(fields: Frame) -> str:
-    return json.dumps(fields, ensure_ascii=False)  # "é", not "\\u00e9": shorter, and legible
-
-
-def parse(payload: str | bytes) -> tuple[str, str]:
-    """Return the id and the content of what a client sent. Raises Refused."""
-    try:
-        said = json.loads(payload) if isinstance(payload, str) else None
-    except (ValueError, RecursionError):
-        said = None
-    if not isinstance(said, dict):
-        raise Refused('Send a text frame that holds a JSON object: {"content": "hello"}')
-    id, content = said.get("id", uuid.uuid4().hex), said.get("content", "")
-    if not is_text(id) or not 1 <= len(id) <= MAX_ID:
-        raise Refused(f'Send an "id" that is text of 1 to {MAX_ID} characters, or none.')
-    about = {"id": id} if "id" in said else {}
-    if not is_text(content) or not content.strip():
-        raise Refused('Send "content" that is text and not blank: {"content": "hello"}', **about)
-    content = content.strip()
-    if len(content) > MAX_CONTENT:
-        raise Refused(f"Send at most {MAX_CONTENT:,} characters, not {len(content):,}.", **about)
-    return id, content
-
-
-def is_text(value: object) -> bool:
-    """Tell text from other JSON, and from unpaired surrogates, which JSON can hold but UTF-8
-    cannot (RFC 3629, section 3).
-    """
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
-
-
-def presence(joined: set[str], left: set[str], online: int) -> Frame:
-    news = []
-    for names, went in (joined, "joined"), (left, "left"):
-        if names:
-            some = ", ".join(sorted(names)) if len(names) <= 3 else f"{len(names)} people"
-            news.append(f"{some} {went}.")
-    return frame("presence", "server", " ".join(news), online=online)
+def push(connections: Iterable[ServerConnection], fields: Fields) -> None:
+    """Send all of them the same frame. Nobody asked for it, but their connections are open."""
+    websockets.broadcast(connections, json.dumps(fields, ensure_ascii=False))
 
 
 # The room
@@ -135,151 +77,195 @@ class Room:
     """Who is here, and what was said last."""
 
     def __init__(self) -> None:
-        self.connections: set[websockets.ServerConnection] = set()
+        self.connections: set[ServerConnection] = set()
         self.names: set[str] = set()  # of the connections, no two the same
-        self.history: dict[str, Frame] = {}  # the last messages by id, oldest first
-        self.announced: set[str] = set()  # the names that everyone was last told of
-        self.announcement_due = False
-        self.capacity = most_connections()
+        self.history: deque[Fields] = deque(maxlen=REMEMBERED)  # messages, oldest first
+        self.capacity = MAX_PEOPLE
+        self.presence = Presence(self)  # tells everyone who comes and goes
 
-    def join(self, connection: websockets.ServerConnection, after: str | None) -> str:
+    def join(self, connection: ServerConnection, after: str | None) -> str:
         """Welcome a connection with what was said after that id. Return the name it is given."""
-        port = f"Port{connection.remote_address[1]}"
-        name, number = port, 1
+        name, number = f"Port{connection.remote_address[1]}", 1
         while name in self.names:  # the same port of another host
             number += 1
-            name = f"{port}-{number}"
+            name = f"{name.partition('-')[0]}-{number}"
         self.names.add(name)
-        history = list(self.history.values())
-        gap = after is not None and after not in self.history
-        if after in self.history:
-            history = history[list(self.history).index(after) + 1 :]
-        online = len(self.names)
-        content = f"Welcome! {name} is your name here, {online} online."
-        welcome = frame("welcome", name, content, online=online, history=history, gap=gap)
         # No await may stand between reading the history and joining the set: others could speak
-        # meanwhile. So this is a broadcast to one, which needs none, where `send` would.
-        websockets.broadcast([connection], encode(welcome))
+        # meanwhile. So even the welcome is pushed: `connection.send` would have to be awaited.
+        push([connection], self.welcome(name, after))
         self.connections.add(connection)
-        self.announce_soon()
+        self.presence.tell(name, "joined")
         return name
 
-    def leave(self, connection: websockets.ServerConnection, name: str) -> None:
-        self.connections.discard(connection)
-        self.names.discard(name)
-        self.announce_soon()
+    def welcome(self, name: str, after: str | None) -> Fields:
+        ids = [message["id"] for message in self.history]
+        missed = list(self.history)[ids.index(after) + 1 if after in ids else 0 :]
+        gap = after is not None and after not in ids  # there may have been more
+        content = f"Welcome! {name} is your name here, {len(self.names)} online."
+        fields = {"type": "welcome", "username": name, "content": content}
+        return fields | {"online": len(self.names), "history": missed, "gap": gap}
 
-    def announce_soon(self) -> None:
-        """Let one presence frame tell of all who come and go within PRESENCE_INTERVAL."""
-        if not self.announcement_due:
-            self.announcement_due = True
-            asyncio.get_running_loop().call_later(PRESENCE_INTERVAL, self.announce)
-
-    def announce(self) -> None:
-        joined, left = self.names - self.announced, self.announced - self.names
-        self.announcement_due, self.announced = False, self.names.copy()
-        if joined or left:
-            news = presence(joined, left, len(self.names))
-            websockets.broadcast(self.connections, encode(news))
-
-    async def publish(self, message: Frame) -> None:
-        """Take in a message. A subclass may pass it through a message broker before it calls
-        `deliver`; where it cannot promise that the message gets there, it raises Refused.
+    async def publish(self, message: Fields) -> None:
+        """Take in a message. A subclass may send it through a message broker, to come back to
+        `deliver` on every server; where it cannot promise that, it raises Refused.
         """
         self.deliver(message)
 
-    def deliver(self, message: Frame) -> None:
+    def deliver(self, message: Fields) -> None:
         """Remember a message and push it to everyone, unless that was done already."""
-        id = cast(str, message["id"])
-        if id in self.history:
-            return
-        self.history[id] = message
-        if len(self.history) > REMEMBERED:
-            del self.history[next(iter(self.history))]
-        # The push: nobody asked for this frame, but their connections are open.
-        websockets.broadcast(self.connections, encode(message))
+        names = [(old["nonce"], old["content"]) for old in self.history]
+        if (message["nonce"], message["content"]) not in names:
+            self.history.append(message)
+            push(self.connections, message)
+
+    def leave(self, connection: ServerConnection, name: str) -> None:
+        self.connections.discard(connection)
+        self.names.discard(name)
+        self.presence.tell(name, "left")
 
 
 # One conversation
 
 
-async def converse(room: Room, connection: websockets.ServerConnection) -> None:
+async def converse(room: Room, connection: ServerConnection) -> None:
     """Run one connection from its welcome to its end. websockets.serve calls this for each."""
+    after = resume_after(connection.request)  # type: ignore[arg-type]
     if len(room.connections) >= room.capacity:
         await connection.close(1013, "The room is full. Try again in a minute.")
         return
-    request = cast(websockets.Request, connection.request)  # there is one after the handshake
-    after = parse_qs(request.path.partition("?")[2]).get("after", [None])[0]
     name = room.join(connection, after)
-    times: deque[float] = deque(maxlen=MESSAGES_PER_SECOND)  # when it spoke, in seconds
+    times: deque[float] = deque(maxlen=MESSAGES_PER_SECOND)  # when it spoke last, in seconds
     try:
         async for payload in connection:  # waits here until this client says something
-            if not await its_turn(connection, times):
-                break
+            # Who speaks too fast is not read meanwhile: the rest waits in order, at the client.
+            wait = times[0] + 1 - time.monotonic() if len(times) == MESSAGES_PER_SECOND else 0
+            if wait > 0:
+                await asyncio.sleep(wait)
+                if connection.state is not State.OPEN:
+                    break  # a flood ends with its sender
+            times.append(time.monotonic())
             try:
-                id, content = parse(payload)
-                now = datetime.now(UTC).isoformat(timespec="milliseconds")
-                await room.publish(frame("message", name, content, id=id, time=now))
+                await room.publish(message(name, payload))
             except Refused as refused:
-                error = frame("error", "server", str(refused), **refused.about)
-                await connection.send(encode(error))
-    except websockets.ConnectionClosed:
+                push([connection], refused.fields)
+    except ConnectionClosed:
         pass  # clients vanish without a close frame every day
     finally:
         room.leave(connection, name)
 
 
-async def its_turn(connection: websockets.ServerConnection, times: deque[float]) -> bool:
-    """Wait until fewer than MESSAGES_PER_SECOND times are younger than a second. Return False
-    if the client has gone by then: a flood ends with its sender.
+# Here ends the lesson. What follows keeps it standing: first, what is said
 
-    Meanwhile nothing more is read, so the rest waits in order, at last at the client.
+MAX_CONTENT = 2_000  # characters (code points) of a message: a long paragraph, not a file
+MAX_NONCE = 64  # characters: any UUID or hash fits
+
+
+class Refused(Exception):
+    """A frame cannot be used. `fields` tell its sender why, and what to send instead."""
+
+    def __init__(self, content: str, **more: str) -> None:
+        super().__init__(content)
+        self.fields = {"type": "error", "username": "server", "content": content, **more}
+
+
+def message(username: str, payload: str | bytes) -> Fields:
+    """Return the message that a client's frame asks to push. Raises Refused."""
+    try:
+        said = json.loads(payload) if isinstance(payload, str) else None
+    except (ValueError, RecursionError):
+        said = None
+    if not isinstance(said, dict):
+        raise Refused('Send a text frame that holds a JSON object: {"content": "hello"}')
+    content, nonce = text(said.get("content")).strip(), text(said.get("nonce"))
+    if "nonce" in said and not 1 <= len(nonce) <= MAX_NONCE:
+        raise Refused(f'Send a "nonce" that is text of 1 to {MAX_NONCE} characters, or none.')
+    about = {"nonce": nonce} if nonce else {}
+    if not content:
+        raise Refused('Send "content" that is text and not blank: {"content": "hello"}', **about)
+    if len(content) > MAX_CONTENT:
+        raise Refused(f"Send at most {MAX_CONTENT:,} characters, not {len(content):,}.", **about)
+    id, now = secrets.token_urlsafe(12), datetime.now(UTC).isoformat(timespec="milliseconds")
+    fields = {"type": "message", "username": username, "content": content}
+    return fields | {"id": id, "nonce": nonce or id, "time": now}
+
+
+def text(value: object) -> str:
+    """Return text as it is; "" for other JSON, and for unpaired surrogates, which JSON can hold
+    but UTF-8 cannot (RFC 3629, section 3).
     """
-    wait = times[0] + 1 - time.monotonic() if len(times) == MESSAGES_PER_SECOND else 0
-    if wait > 0:
-        with contextlib.suppress(TimeoutError):  # which means that it is still there
-            await asyncio.wait_for(connection.wait_closed(), wait)
-            return False
-    times.append(time.monotonic())
-    return True
+    return value if isinstance(value, str) and not re.search("[\ud800-\udfff]", value) else ""
+
+
+# Who comes and goes
+
+PRESENCE_DELAY = 0.25  # seconds: a thousand joins at once cost a tab four frames a second
+HEARTBEAT = 20  # seconds: pages never see a ping, so they listen for this sign of life
+
+
+class Presence:
+    """Tells a room who came and went, in one frame for many, and that its connections are alive."""
+
+    def __init__(self, room: Room) -> None:
+        self.room = room
+        self.news: dict[str, str] = {}  # who "joined" or "left" since the last frame
+        self.timer: asyncio.TimerHandle | None = None  # until the next; none in an empty room
+
+    def tell(self, name: str, news: str) -> None:
+        """Let the next frame say that somebody "joined" or "left"."""
+        if self.news.pop(name, news) == news:  # else it came and went, and nobody needs to know
+            self.news[name] = news
+        self.schedule(PRESENCE_DELAY)
+
+    def schedule(self, delay: float) -> None:
+        """Let the next frame leave in that many seconds, unless it leaves before."""
+        due = asyncio.get_running_loop().time() + delay
+        if self.timer and (not self.room.connections or self.timer.when() > due):
+            self.timer.cancel()
+            self.timer = None
+        if self.room.connections and not self.timer:
+            self.timer = asyncio.get_running_loop().call_at(due, self.push)
+
+    def push(self) -> None:
+        sentences = []
+        for went in "joined", "left":
+            names = [name for name, news in self.news.items() if news == went]
+            who = ", ".join(names) if len(names) <= 3 else f"{len(names)} people"
+            sentences += [f"{who} {went}."] if names else []
+        content, online = " ".join(sentences), len(self.room.names)
+        fields = {"type": "presence", "username": "server", "content": content, "online": online}
+        push(self.room.connections, fields)
+        self.timer, self.news = None, {}
+        self.schedule(HEARTBEAT)
 
 
 # The page over HTTP
 
-PAGE = pathlib.Path(__file__).with_name("index.html")
 
-WRONG_ORIGIN = """Only this server's own page may open a WebSocket here.
-If it was that, a proxy changed the Host header, which it must forward as it came;
-for nginx: proxy_set_header Host $http_host;
-"""
-
-
-def answer(
-    page: str, connection: websockets.ServerConnection, request: websockets.Request
-) -> websockets.Response | None:
+def answer(page: str, connection: ServerConnection, request: Request) -> Response | None:
     """Answer a plain HTTP request; None leaves it to websockets to open a WebSocket."""
-    path = request.path.partition("?")[0]
+    path, headers = request.path.partition("?")[0], {}
     if request.method not in ("GET", "HEAD"):
-        response = connection.respond(405, "Send GET or HEAD.\n")
-        response.headers["Allow"] = "GET, HEAD"
+        status, body, headers = 405, "Send GET or HEAD.\n", {"Allow": "GET, HEAD"}
     elif path == "/":
-        response = connection.respond(200, page)
-        del response.headers["Content-Type"]  # or there would be two
-        response.headers.update(page_headers(page))
+        status, body, headers = 200, page, page_headers(page)
     elif path != "/ws":
-        response = connection.respond(404, "The chat is at /\n")
+        status, body = 404, "The chat is at /\n"
     elif not same_origin(request.headers):
-        response = connection.respond(403, WRONG_ORIGIN)
+        status, body = 403, "Only the page of this server may open a WebSocket here. Was it that? "
+        body += "A proxy must forward Host as it came; nginx: proxy_set_header Host $http_host;\n"
     elif request.method == "HEAD":
-        response = connection.respond(426, "")
-        response.headers["Upgrade"] = "websocket"
+        status, body, headers = 426, "", {"Upgrade": "websocket"}
     else:
         return None
-    if request.method == "HEAD":
-        response.body = b""
+    response = connection.respond(status, body)
+    for name, value in headers.items():
+        response.headers.pop(name, None)  # or there would be two
+        response.headers[name] = value
+    response.body = b"" if request.method == "HEAD" else response.body
     return response
 
 
+@functools.cache
 def page_headers(page: str) -> dict[str, str]:
     """Return the headers of the page. Of scripts and styles they allow those in the page, known
     by their hashes (CSP Level 3, section 2.3.1), and nothing from anywhere else.
@@ -298,180 +284,113 @@ def page_headers(page: str) -> dict[str, str]:
     }
 
 
-def same_origin(headers: websockets.Headers) -> bool:
+def same_origin(headers: Headers) -> bool:
     """Tell whether the page that asks is ours. Any other site's could speak in the name of its
     visitors (RFC 6455, section 10.2). A client without Origin is not a browser, and welcome.
+
+    A name that an attacker's DNS points here passes (DNS rebinding): behind a name, let the proxy
+    check it.
     """
-    origins = [origin.partition("://")[2] for origin in headers.get_all("Origin")]
-    return not origins or origins == headers.get_all("Host")
+    origins = [origin.lower().partition("://")[2] for origin in headers.get_all("Origin")]
+    return not origins or origins == [host.lower() for host in headers.get_all("Host")]
 
 
-# Writing: for speed alone, all above works without
-
-
-class Connection(websockets.ServerConnection):
-    """A connection to which the frames of one turn of the event loop go in one write."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        gathering = GatheringTransport(cast(asyncio.Transport, transport))
-        super().connection_made(cast(asyncio.Transport, gathering))
-
-    def data_received(self, data: bytes) -> None:
-        """Drop a client that broke the protocol right behind its request, before the answer."""
-        super().data_received(data)
-        if self.request and not self.response and cast(GatheringTransport, self.transport).ended:
-            self.transport.abort()
-
-    def pause_writing(self) -> None:
-        """Cut off a client that reads too slowly: asyncio calls this at MAX_UNSENT bytes."""
-        super().pause_writing()
-        name = f"Port{self.remote_address[1]}"
-        logging.warning("%s reads too slowly: cut off with %s bytes unsent", name, MAX_UNSENT)
-        self.transport.abort()
-
-
-class GatheringTransport:
-    """Holds what is written to a transport until the turn of the event loop ends.
-
-    With hundreds of connections, the kernel's send() is most of the cost of a message, and for
-    ten frames it costs little more than for one. All but writing is the transport's own.
+def resume_after(request: Request) -> str | None:
+    """Return the ID in /ws?after=ID, and forget the rest: a handshake may have 1 MB of headers,
+    and the library keeps it as long as the connection.
     """
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self.transport = transport
-        self.held: list[bytes] = []
-        self.held_size = 0
-        self.ended = False
-        self.abort = transport.abort
-        for name in TRANSPORT_METHODS - vars(GatheringTransport).keys():  # all that is not here
-            setattr(self, name, getattr(transport, name))
-
-    def write(self, data: bytes) -> None:
-        global last_written
-        if self.ended:
-            raise RuntimeError("Cannot call write() after write_eof()")
-        if data != last_written:
-            last_written = data
-        if not self.held:
-            if not holding:
-                asyncio.get_running_loop().call_soon(end_turn)
-            holding.append(self)
-        self.held.append(last_written)  # `broadcast` makes a copy for each: all hold the same one
-        self.held_size += len(data)
-        if self.held_size > MAX_HELD:
-            self.flush()
-
-    def flush(self) -> None:
-        held, self.held, self.held_size = self.held, [], 0
-        if held and not self.transport.is_closing():
-            self.transport.write(b"".join(held))
-
-    def write_eof(self) -> None:
-        self.flush()
-        self.ended = True
-        self.transport.write_eof()
-
-    def close(self) -> None:
-        self.flush()
-        self.transport.close()
-
-
-def end_turn() -> None:
-    global holding
-    flushing, holding = holding, []
-    for transport in flushing:
-        try:
-            transport.flush()
-        except Exception:  # which must not cost the others their frames
-            logging.exception("A transport cannot be written to")
-            transport.abort()
-
-
-holding: list[GatheringTransport] = []  # those to which something was written in this turn
-last_written = b""  # to whichever of them
-TRANSPORT_METHODS = {name for name in dir(asyncio.Transport) if not name.startswith("_")}
+    query = parse_qs(request.path.partition("?")[2])
+    request.headers.clear()
+    request.path = ""
+    return query["after"][0] if "after" in query else None
 
 
 # Starting and stopping
+
+MAX_PEOPLE = 10_000  # as many as one process serves with a message to all in a second
+MAX_NEWCOMERS = 1024  # at once: after a restart all tabs come back, and the kernel lets them wait
+STOP_TIMEOUT = 1.5  # seconds for clients to answer the close frame when the server stops
 
 
 async def run(room: Room, host: str, port: int) -> None:
     """Serve until SIGINT or SIGTERM. Raises SystemExit where that is not possible."""
     stopping, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # loop.add_signal_handler is missing on Windows. SIGINT gets a handler of its own, since
-        # it comes ignored where a shell starts this in the background.
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stopping.set))
+    # loop.add_signal_handler is missing on Windows.
+    on_signal(lambda *_: loop.call_soon_threadsafe(stopping.set))
     server = await start(room, host, port)
-    bound = server.sockets[0]
-    address, port = bound.getsockname()[:2]
-    everywhere = address in ("0.0.0.0", "::")
-    print(f"Open {url('localhost' if everywhere else host, port)} in two tabs.")
-    if everywhere and (address := lan_address(bound.family)):
-        print(f"On another device in this network, open {url(address, port)}")
-    print("Ctrl-C stops the chat.", flush=True)
+    url = address(server.sockets[0], host)
+    print(f"Open {url} in two windows. Ctrl-C stops the chat.", flush=True)
     await stopping.wait()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C changes nothing
+    on_signal(signal.SIG_IGN)  # a second Ctrl-C changes nothing
     server.close()  # closes all connections with 1001, going away
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(server.wait_closed(), STOP_TIMEOUT)
+    # Who is left answers no close frame. Cancelled once, their tasks close politely and wait for
+    # an answer; asyncio.run cancels that as well.
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    await asyncio.sleep(0.05)
+
+
+def on_signal(handler: Any) -> None:
+    """Handle SIGTERM and Ctrl-C, the latter also where it comes ignored from a shell's `&`."""
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, handler)
 
 
 async def start(room: Room, host: str, port: int) -> websockets.Server:
     """Return a running server. Raises SystemExit, with advice, where it cannot start."""
-    try:
-        page = PAGE.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as problem:
-        sys.exit(f"chat.py: cannot read the page ({problem}). Put index.html beside chat.py.")
+    descriptors = allow_descriptors()
+    newcomers = min(MAX_NEWCOMERS, descriptors // 4)
+    room.capacity = min(MAX_PEOPLE, descriptors - 2 * newcomers)
+    page = pathlib.Path(__file__).with_name("index.html")
     try:
         if not 0 <= port <= 65535:
-            raise OverflowError("ports go up to 65535")
-        server = await websockets.serve(
+            raise ValueError("ports go up to 65535")  # and 65536 would mean any
+        return await websockets.serve(
             functools.partial(converse, room),
             host,
             port,
-            process_request=functools.partial(answer, page),
-            create_connection=Connection,
+            process_request=functools.partial(answer, page.read_text(encoding="utf-8")),
+            create_connection=functools.partial(Connection, Turn()),  # type: ignore[arg-type]
             compression=None,  # it would compress every message again for every tab
-            ping_interval=PING_INTERVAL,
-            ping_timeout=PING_INTERVAL,
-            close_timeout=CLOSE_TIMEOUT,
-            max_size=MAX_FRAME,
+            max_size=32 * 1024,  # bytes: content escaped ("\ud83d\ude00", 12 a character), and more
             write_limit=MAX_UNSENT,
-            backlog=ACCEPTED_PER_TURN,  # and as many may wait, until the next lines
+            backlog=newcomers,
         )
-    except (OSError, OverflowError, UnicodeError) as problem:
-        where = f"{host} port {port} ({problem})"
-        sys.exit(f"chat.py: cannot serve at {where}. Choose others with --host and --port.")
-    for listening in server.sockets:
-        with socket.fromfd(listening.fileno(), listening.family, listening.type) as same:
-            same.listen(LISTEN_BACKLOG)
-    return server
+    except (OSError, ValueError) as problem:
+        sys.exit(
+            f"chat.py: cannot serve {page} at {host} port {port}: {problem}. "
+            "Keep index.html beside chat.py, and choose an address with --host and --port."
+        )
 
 
-def most_connections() -> int:
-    """Return how many connections the file descriptors allow; Windows sets no limit to them."""
-    if resource is None:
-        return sys.maxsize
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return sys.maxsize if soft == resource.RLIM_INFINITY else max(1, soft - SPARE_DESCRIPTORS)
-
-
-def url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def lan_address(family: socket.AddressFamily) -> str | None:
-    """Return this machine's address in its network, if it is in one.
-
-    To connect a UDP socket sends nothing, but picks the address that its packets would bear.
-    The other ends used here are reserved for examples (RFC 5737, RFC 3849).
+def allow_descriptors() -> int:
+    """Raise the soft limit on file descriptors as far as they are needed and the hard one permits,
+    as Go programs do. Return it.
     """
-    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1" if family == socket.AF_INET else "2001:db8::1", 9))
-        return str(probe.getsockname()[0])
-    return None
+    needed = MAX_PEOPLE + 2 * MAX_NEWCOMERS
+    if not resource:
+        return needed
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError, OSError):  # macOS may permit fewer than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def address(bound: socket.socket, host: str) -> str:
+    """Return where to open the page: where all addresses are served, the one that this machine
+    has in its network.
+    """
+    ip, port = bound.getsockname()[:2]
+    if ip in ("0.0.0.0", "::"):
+        host = "localhost"
+        # To connect a UDP socket sends nothing, but picks the address that its packets would bear.
+        # The other ends used here are reserved for examples (RFC 5737, RFC 3849).
+        with contextlib.suppress(OSError), socket.socket(bound.family, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1" if ip == "0.0.0.0" else "2001:db8::1", 9))
+            host = probe.getsockname()[0]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def read_options() -> argparse.Namespace:
@@ -481,11 +400,130 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--port", default=8080, type=int, help="default: %(default)s")
     parser.add_argument("--debug", action="store_true", help="log each handshake and frame")
     options = parser.parse_args()
-    logging.basicConfig(format="%(asctime)s %(message)s")
-    logging.getLogger("websockets").setLevel("DEBUG" if options.debug else "WARNING")
+    level = "DEBUG" if options.debug else "WARNING"
+    logging.basicConfig(format="%(asctime)s %(message)s", level=level)
+    # Where descriptors run out, newcomers wait a second; asyncio has a traceback for each of them.
+    logging.getLogger("asyncio").addFilter(lambda record: "socket.accept()" not in record.msg)
     return options
+
+
+# Reading and writing
+
+READ_AT_ONCE = 4 * 1024  # bytes: 700 of the smallest frames, 6 ms that the others wait
+MAX_UNSENT = 1024 * 1024  # bytes that a client may leave unread; a welcome has at most 600 KB
+MAX_HELD = 16 * 1024  # bytes of one connection: 70 messages of usual length
+NOT_FOR_WRITING = (  # what a transport does besides
+    "abort can_write_eof get_extra_info get_protocol get_write_buffer_limits is_closing is_reading "
+    "pause_reading resume_reading set_protocol set_write_buffer_limits"
+)
+
+
+Bytes = bytes | bytearray | memoryview
+
+
+class Connection(ServerConnection, asyncio.BufferedProtocol):
+    """A connection by which no other one is held up."""
+
+    def __init__(self, turn: "Turn", *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.turn = turn
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        gathering = GatheringTransport(transport, self.turn)  # type: ignore[arg-type]
+        super().connection_made(gathering)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Say where to read to, and so how much: a flood gets no more of a turn than others."""
+        self.buffer = memoryview(bytearray(READ_AT_ONCE))
+        return self.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        received, self.buffer = bytes(self.buffer[:nbytes]), memoryview(b"")
+        self.data_received(received)
+        if self.request and not self.response and self.transport.ended:  # type: ignore[attr-defined]
+            self.transport.abort()  # it broke the protocol right behind its request
+
+    def pause_writing(self) -> None:
+        """Cut off a client that reads too slowly: asyncio calls this at MAX_UNSENT bytes."""
+        super().pause_writing()
+        name = f"Port{self.remote_address[1]}"
+        logging.warning("%s reads too slowly: cut off with %s bytes unsent", name, MAX_UNSENT)
+        self.transport.abort()
+
+
+class GatheringTransport(asyncio.Transport):
+    """Holds what is written to a transport until the turn of the event loop ends. For speed: with
+    hundreds of connections the kernel's send() is most of the cost of a message, and for ten
+    frames it costs little more than for one.
+    """
+
+    def __init__(self, transport: asyncio.Transport, turn: "Turn") -> None:
+        self.transport, self.turn = transport, turn
+        self.held: list[bytes] = []
+        self.held_size = 0  # bytes
+        self.ended = False
+        for name in NOT_FOR_WRITING.split():
+            setattr(self, name, getattr(transport, name))
+
+    def write(self, data: Bytes) -> None:
+        turn = self.turn
+        if data != turn.last:
+            turn.last = bytes(memoryview(data))  # TypeError for what has no bytes
+        if not self.held:
+            if not turn.holding:
+                asyncio.get_running_loop().call_soon(turn.end)
+            turn.holding.append(self)
+        self.held.append(turn.last)  # all hold one object: copies overflow the processor's caches
+        self.held_size += len(turn.last)
+        if self.held_size > MAX_HELD:
+            self.flush()
+
+    def writelines(self, list_of_data: Iterable[Bytes]) -> None:
+        self.write(b"".join(list_of_data))
+
+    def get_write_buffer_size(self) -> int:
+        return self.held_size + self.transport.get_write_buffer_size()
+
+    def flush(self) -> None:
+        held, self.held, self.held_size = self.held, [], 0
+        if held and not self.transport.is_closing():
+            self.transport.write(b"".join(held))
+
+    def write_eof(self) -> None:
+        self.end()
+        self.transport.write_eof()
+
+    def close(self) -> None:
+        self.end()
+        self.transport.close()
+
+    def end(self) -> None:
+        self.flush()
+        self.ended = True
+        self.write = self.transport.write  # type: ignore[method-assign]  # it refuses more
+
+
+class Turn:
+    """A turn of the event loop: the transports that hold something until it ends."""
+
+    def __init__(self) -> None:
+        self.holding: list[GatheringTransport] = []
+        self.last = b""  # that was written to any of them
+
+    def end(self) -> None:
+        holding, self.holding = self.holding, []
+        for transport in holding:
+            try:
+                transport.flush()
+            except Exception:  # it must not cost the others their frames
+                logging.exception("A transport cannot be written to")
+                transport.abort()
 
 
 if __name__ == "__main__":
     options = read_options()
-    asyncio.run(run(Room(), options.host, options.port))
+    try:
+        asyncio.run(run(Room(), options.host, options.port))
+    except BrokenPipeError:  # nobody reads what it prints, as in `python chat.py | head -0`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it fails once more
+        sys.exit(1)

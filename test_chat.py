@@ -2,8 +2,10 @@
 
 import asyncio
 import base64
+import collections
 import contextlib
 import functools
+import gc
 import itertools
 import json
 import logging
@@ -22,6 +24,7 @@ import tempfile
 import textwrap
 import time
 import tomllib
+import tracemalloc
 import unittest
 from datetime import UTC, datetime, timedelta
 from typing import ClassVar
@@ -47,6 +50,13 @@ async def until(condition):
     async with asyncio.timeout(PATIENCE):
         while not condition():
             await asyncio.sleep(0.01)
+
+
+def message(content, id, time=None, nonce=None):
+    """Return a message as the server makes them."""
+    time = time or datetime.now(UTC).isoformat(timespec="milliseconds")
+    fields = {"type": "message", "username": "Port1", "content": content}
+    return fields | {"id": id, "nonce": nonce or id, "time": time}
 
 
 class Cuttable(websockets.ClientConnection):
@@ -125,9 +135,7 @@ class ServerCase(unittest.IsolatedAsyncioTestCase):
     def fill(self, count, start=0):
         """Deliver many messages."""
         for number in range(start, start + count):
-            now = datetime.now(UTC).isoformat()
-            message = chat.frame("message", "Port1", f"{number}", id=f"{number}", time=now)
-            self.room.deliver(message)
+            self.room.deliver(message(f"{number}", f"{number}"))
 
     async def raw(self, data):
         """Send bytes to the server; return what it answers until it closes or falls silent."""
@@ -178,16 +186,16 @@ class Protocol(ServerCase):
             self.assertEqual([first.welcome["online"], second.welcome["online"]], [1, 2])
 
     async def test_everyone_gets_a_message(self):
-        """A message goes to everyone, the sender included, with id and UTC time in ms."""
+        """A message goes to everyone, the sender included, with id, nonce and UTC time in ms."""
         async with self.client() as first, self.client() as second:
-            await first.say("hello", id="a")
+            await first.say("hello", nonce="a")
             got = await first.frame("message")
             self.assertEqual(got, await second.frame("message"))
+            self.assertRegex(got["time"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00$")
             time = datetime.fromisoformat(got.pop("time"))
-            self.assertEqual(time.utcoffset(), timedelta(0))
-            self.assertEqual(time.microsecond % 1000, 0)
             self.assertLess(abs(datetime.now(UTC) - time), timedelta(seconds=PATIENCE))
-            expected = {"type": "message", "username": first.name, "content": "hello", "id": "a"}
+            self.assertGreaterEqual(len(got.pop("id")), 16)  # 96 bits, so never given twice
+            expected = {"type": "message", "username": first.name, "content": "hello", "nonce": "a"}
             self.assertEqual(got, expected)
 
     async def test_simplest_client(self):
@@ -202,19 +210,23 @@ class Protocol(ServerCase):
                 self.assertRegex(said[0], "^Port[0-9]+: Welcome")
             self.assertEqual(await other.contents(1), ["hi"])
 
-    async def test_server_makes_ids(self):
-        """A message without an id gets one of its own from the server."""
+    async def test_ids(self):
+        """Each message gets an id of its own, which is its nonce too where it came with none."""
         async with self.client() as client:
-            await client.say("one")
-            await client.say("one")
-            ids = [(await client.frame("message"))["id"] for _ in range(2)]
-            self.assertNotEqual(*ids)
+            frames = []
+            for nonce in {}, {}, {"nonce": "a"}, {"nonce": "b"}:
+                await client.say("one", **nonce)
+                frames.append(await client.frame("message"))
+            self.assertEqual(len({frame["id"] for frame in frames}), 4)
+            for frame in frames[:2]:
+                self.assertEqual(frame["nonce"], frame["id"])
 
     async def test_username_is_the_servers_to_say(self):
-        """Keys other than content and id are ignored, above all username."""
+        """Keys other than content and nonce are ignored, above all username and id."""
         async with self.client() as client:
-            await client.say("I am root", username="root", type="presence", online=7)
+            await client.say("I am root", username="root", type="presence", online=7, id="a")
             frame = await client.frame("message")
+            self.assertNotEqual(frame["id"], "a")
             self.assertEqual(frame["username"], client.name)
             self.assertNotIn("online", frame)
 
@@ -238,6 +250,12 @@ class Protocol(ServerCase):
         async with self.client() as client:
             await client.connection.send('{"content": "' + r"\ud83d\ude00" * 2000 + '"}')
             self.assertEqual(await client.contents(1), ["😀" * 2000])
+
+    async def test_longest_nonce(self):
+        """A nonce of 64 characters passes."""
+        async with self.client() as client:
+            await client.say("hello", nonce="é" * 64)
+            self.assertEqual((await client.frame("message"))["nonce"], "é" * 64)
 
     async def test_shared_port(self):
         """Two hosts' clients that share a port get different names."""
@@ -312,12 +330,13 @@ class Protocol(ServerCase):
     async def test_resume(self):
         """A connection with ?after=ID is shown what came after that message, and no gap."""
         async with self.client() as speaker:
-            for id in "abc":
-                await speaker.say(id, id=id)
-            await speaker.contents(3)
-            for after, missed in {"a": ["b", "c"], "c": []}.items():
-                async with self.client(after=after) as client:
-                    history = [message["id"] for message in client.welcome["history"]]
+            ids = {}
+            for content in "abc":
+                await speaker.say(content)
+                ids[content] = (await speaker.frame("message"))["id"]
+            for content, missed in {"a": ["b", "c"], "c": []}.items():
+                async with self.client(after=ids[content]) as client:
+                    history = [message["content"] for message in client.welcome["history"]]
                     self.assertEqual(history, missed)
                     self.assertFalse(client.welcome["gap"])
 
@@ -333,24 +352,55 @@ class Protocol(ServerCase):
                         self.assertEqual(len(client.welcome["history"]), 1)
                         self.assertTrue(client.welcome["gap"])
 
-    async def test_remembered_id(self):
-        """A message with an id that is still remembered is not pushed again."""
+    async def test_remembered_nonce(self):
+        """What has the nonce and the content of a remembered message is not pushed again."""
         async with self.client() as client, self.client() as other:
-            await client.say("once", id="a")
+            await client.say("once", nonce="a")
             await client.contents(1)
             for resending in client, other:
-                await resending.say("once", id="a")
+                await resending.say("once", nonce="a")
                 await resending.say("then")
                 self.assertEqual(await client.contents(1), ["then"])
 
-    async def test_forgotten_id(self):
-        """A message with an id that 50 others have pushed out is new again."""
+    async def test_same_nonce(self):
+        """Two clients that choose the same nonce for other content lose nothing."""
+        async with self.client() as one, self.client() as two:
+            await one.say("first", nonce="1")
+            await two.say("second", nonce="1")
+            await one.say("second", nonce="2")
+            frames = [await one.frame("message") for _ in range(3)]
+            self.assertEqual([frame["content"] for frame in frames], ["first", "second", "second"])
+            self.assertEqual(len({frame["id"] for frame in frames}), 3)
+
+    async def test_forgotten_message_said_again(self):
+        """A forgotten message that is said again is a new one, and whoever resumes after the old
+        one is told of the gap.
+        """
         async with self.client() as client:
-            await client.say("once", id="a")
-            await client.contents(1)
+            await client.say("again", nonce="a")
+            old = (await client.frame("message"))["id"]
             self.fill(50)
-            await client.say("again", id="a")
-            self.assertEqual((await client.contents(51))[50], "again")
+            await client.contents(50)
+            await client.say("again", nonce="a")
+            new = (await client.frame("message"))["id"]
+            for after, missed, gap in (old, 50, True), (new, 0, False):
+                async with self.client(after=after) as back:
+                    self.assertEqual(len(back.welcome["history"]), missed)
+                    self.assertEqual(back.welcome["gap"], gap)
+
+    async def test_old_names_are_not_for_others(self):
+        """Neither as nonce nor as id can anybody speak, hide or move a message of another."""
+        async with self.client() as client, self.client() as thief:
+            await client.say("mine", nonce="a")
+            mine = await client.frame("message")
+            await thief.say("not mine", nonce="a", id=mine["id"])
+            await thief.say("not mine", nonce=mine["id"])
+            for _ in range(2):
+                frame = await client.frame("message")
+                self.assertEqual(frame["username"], thief.name)
+                self.assertNotEqual(frame["id"], mine["id"])
+            async with self.client() as newcomer:
+                self.assertEqual(newcomer.welcome["history"][0], mine)
 
     async def test_presence(self):
         """Everyone is told how many are online, and who came and went, in a sentence."""
@@ -387,15 +437,47 @@ class Protocol(ServerCase):
             frame = await watcher.frame("presence")
             self.assertEqual((frame["content"], frame["online"]), ("4 people joined.", 5))
 
+    async def test_heartbeat(self):
+        """A presence frame with empty content comes when nothing else was announced for long."""
+        self.assertEqual(chat.HEARTBEAT, 20)
+        with mock.patch.object(chat, "HEARTBEAT", 0.05):
+            async with self.client() as client:
+                await client.frame("presence")
+                for _ in range(3):
+                    frame = await client.frame("presence")
+                    self.assertEqual((frame["content"], frame["online"]), ("", 1))
+                    self.assertEqual(frame["username"], "server")
+
+    async def test_heartbeat_beside_restless_people(self):
+        """Whoever comes and goes all the time does not put the next presence frame off."""
+        async with self.client() as client:
+            await client.frame("presence")
+            self.room.presence.tell("Port1", "joined")
+            due = self.room.presence.timer.when()
+            for news in ["left", "joined"] * 3:
+                await asyncio.sleep(0)
+                self.room.presence.tell("Port1", news)
+                self.assertEqual(self.room.presence.timer.when(), due)
+            self.assertEqual((await client.frame("presence"))["content"], "Port1 joined.")
+
+    async def test_empty_room_schedules_nothing(self):
+        """When the last one has left, no presence frame is due any more."""
+        async with self.client():
+            self.assertIsNotNone(self.room.presence.timer)
+        await until(lambda: not self.room.connections)
+        self.assertIsNone(self.room.presence.timer)
+        async with self.client() as next:
+            self.assertEqual((await next.frame("presence"))["content"], f"{next.name} joined.")
+
     async def test_publish_that_refuses(self):
         """Where publish raises Refused, the speaker alone gets an error that says why."""
-        refusal = chat.Refused("The broker is away. Try again.", id="a")
+        refusal = chat.Refused("The broker is away. Try again.", nonce="a")
         async with self.client() as client:
             with mock.patch.object(self.room, "publish", side_effect=refusal):
-                await client.say("hello", id="a")
+                await client.say("hello", nonce="a")
                 error = await client.frame("error", "message")
-            self.assertEqual((error["content"], error["id"]), (str(refusal), "a"))
-            await client.say("hello", id="a")
+            self.assertEqual((error["content"], error["nonce"]), (str(refusal), "a"))
+            await client.say("hello", nonce="a")
             self.assertEqual(await client.contents(1), ["hello"])
 
 
@@ -413,19 +495,19 @@ BAD_FRAMES = {
     "a number too long": '{"content": ' + "9" * 5_000 + "}",
     "no content": "{}",
     "content null": '{"content": null}',
-    "content a number": '{"content": 5, "id": "mine"}',
-    "content a list": '{"content": ["hello"], "id": "mine"}',
-    "content blank": '{"content": " \\n\\t\\u3000", "id": "mine"}',
-    "content empty": '{"content": "", "id": "mine"}',
-    "content too long": json.dumps({"content": "a" * 2001, "id": "mine"}),
-    "content unpaired": '{"content": "\\ud800", "id": "mine"}',
-    "content unpaired low": '{"content": "a\\udfff", "id": "mine"}',
-    "id too long": json.dumps({"content": "hello", "id": "a" * 65}),
-    "id empty": '{"content": "hello", "id": ""}',
-    "id a number": '{"content": "hello", "id": 5}',
-    "id null": '{"content": "hello", "id": null}',
-    "id a list": '{"content": "hello", "id": ["a"]}',
-    "id unpaired": '{"content": "hello", "id": "\\ud800"}',
+    "content a number": '{"content": 5, "nonce": "mine"}',
+    "content a list": '{"content": ["hello"], "nonce": "mine"}',
+    "content blank": '{"content": " \\n\\t\\u3000", "nonce": "mine"}',
+    "content empty": '{"content": "", "nonce": "mine"}',
+    "content too long": json.dumps({"content": "a" * 2001, "nonce": "mine"}),
+    "content unpaired": '{"content": "\\ud800", "nonce": "mine"}',
+    "content unpaired low": '{"content": "a\\udfff", "nonce": "mine"}',
+    "nonce too long": json.dumps({"content": "hello", "nonce": "a" * 65}),
+    "nonce empty": '{"content": "hello", "nonce": ""}',
+    "nonce a number": '{"content": "hello", "nonce": 5}',
+    "nonce null": '{"content": "hello", "nonce": null}',
+    "nonce a list": '{"content": "hello", "nonce": ["a"]}',
+    "nonce unpaired": '{"content": "hello", "nonce": "\\ud800"}',
 }
 
 
@@ -440,7 +522,7 @@ class BadInput(ServerCase):
                     self.assertEqual(error["type"], "error")
                     self.assertRegex(error["content"], "^Send ")
                     mine = isinstance(payload, str) and '"mine"' in payload
-                    self.assertEqual(error.get("id"), "mine" if mine else None)
+                    self.assertEqual(error.get("nonce"), "mine" if mine else None)
                     await friend.say(f"{number}")
                     frame = await friend.frame("message", "error")
                     self.assertEqual(frame["content"], f"{number}")
@@ -500,7 +582,8 @@ class BadInput(ServerCase):
 
     async def test_silent_client(self):
         """A client that answers no ping in time is closed, and its name is free again."""
-        with mock.patch.object(chat, "PING_INTERVAL", 0.1):
+        quick = functools.partial(websockets.serve, ping_interval=0.1, ping_timeout=0.1)
+        with mock.patch.object(websockets, "serve", quick):
             server = await chat.start(self.room, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -673,6 +756,17 @@ class Http(ServerCase):
             ) as connection:
                 self.assertEqual(json.loads(await connection.recv())["type"], "welcome")
 
+    async def test_case_of_hosts(self):
+        """Host and Origin are compared without regard to case (RFC 9110, section 4.2.3)."""
+        async with websockets.connect(
+            "ws://Chat.Example/ws",
+            origin="http://chaT.example",
+            host="127.0.0.1",
+            port=self.port,
+            proxy=None,
+        ) as connection:
+            self.assertEqual(json.loads(await connection.recv())["type"], "welcome")
+
     async def test_other_origin(self):
         """A page from any other host or port gets 403, and the way to put a proxy right."""
         origins = ["http://evil.example", f"http://127.0.0.1:{self.port + 1}", "null", "", "x"]
@@ -713,54 +807,52 @@ class Crowd(ServerCase):
     async def test_cut_connections(self):
         """Over 50 cuts with resumption, a listener sees every message exactly once, in order."""
         chance = random.Random(2)
-        said, heard, order = [], [], []
+        said, heard = [], []  # nonces, and the messages that the listener saw
         done = asyncio.Event()
 
-        async def hear(seen):
+        async def hear():
             """Follow the conversation through many connections, until all was heard."""
-            while not done.is_set() or seen[-1] != said[-1]:
-                after = seen[-1] if seen else None
+            while not done.is_set() or heard[-1]["nonce"] != said[-1]:
+                after = heard[-1]["id"] if heard else None
                 async with self.client(after=after) as client:
                     self.assertFalse(client.welcome["gap"])
-                    seen += [message["id"] for message in client.welcome["history"]]
+                    heard.extend(client.welcome["history"])
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(chance.uniform(0, 0.05)):
                             while True:
-                                seen.append((await client.frame("message"))["id"])
+                                heard.append(await client.frame("message"))
                     client.connection.cut()
 
         async def speak():
             """Say things, cut at random moments, and say again what did not come back."""
             last, waiting = None, []
-            for cut in range(50):
+
+            def back(message):
+                nonlocal last
+                last = message["id"]
+                waiting.remove(message["nonce"])
+
+            for cut in range(51):
                 async with self.client(after=last) as client:
-                    back = [message["id"] for message in client.welcome["history"]]
-                    waiting = [id for id in waiting if id not in back]
-                    last = back[-1] if back else last
+                    for message in client.welcome["history"]:
+                        back(message)
                     new = [f"{cut}-{number}" for number in range(chance.randrange(4))]
                     said.extend(new)
                     waiting += new
-                    for id in waiting:
-                        await client.say("hello", id=id)
-                    for _ in range(chance.randrange(len(waiting) + 1)):
-                        last = (await client.frame("message"))["id"]
-                        waiting.remove(last)
+                    for nonce in waiting:
+                        await client.say("hello", nonce=nonce)
+                    coming = len(waiting) if cut == 50 else chance.randrange(len(waiting) + 1)
+                    for _ in range(coming):
+                        back(await client.frame("message"))
                     client.connection.cut()
-            async with self.client(after=last) as client:
-                back = [message["id"] for message in client.welcome["history"]]
-                waiting = [id for id in waiting if id not in back]
-                for id in waiting:
-                    await client.say("hello", id=id)
-                while waiting:
-                    waiting.remove((await client.frame("message"))["id"])
             done.set()
 
         async with self.client() as witness:
-            listening = [asyncio.create_task(hear(heard))]
+            listening = asyncio.create_task(hear())
             await speak()
-            order = [(await witness.frame("message"))["id"] for _ in said]
-            await asyncio.gather(*listening)
-        self.assertEqual(sorted(order), sorted(said))
+            order = [await witness.frame("message") for _ in said]
+            await listening
+        self.assertEqual(sorted(frame["nonce"] for frame in order), sorted(said))
         self.assertEqual(heard, order)
 
 
@@ -799,8 +891,7 @@ class Writing(ServerCase):
     def push(self, *contents):
         """Deliver messages as the server does, all in one turn of the event loop."""
         for content in contents:
-            message = chat.frame("message", "Port1", content, id=f"{random.random()}", time="")
-            self.room.deliver(message)
+            self.room.deliver(message(content, f"{random.random()}"))
 
     async def test_one_write_a_turn(self):
         """A hundred messages of one turn reach each tab in one write, and are still 100 frames."""
@@ -862,6 +953,26 @@ class Writing(ServerCase):
             with self.assertRaises(websockets.ConnectionClosed):
                 await client.frame("message")
 
+    async def test_same_as_its_transport(self):
+        """What is asked of it and written to it has the same effect as on asyncio's transport."""
+        async with self.client() as client:
+            (connection,) = self.room.connections
+            gathering, own = connection.transport, connection.transport.transport
+            for ask in "is_closing", "can_write_eof", "get_protocol", "get_write_buffer_limits":
+                self.assertEqual(getattr(gathering, ask)(), getattr(own, ask)())
+            for wrong in "text", None, 5:
+                for transport in gathering, own:
+                    with self.assertRaises(TypeError):
+                        transport.write(wrong)
+            changing = bytearray(b"\x81\x05hello")
+            gathering.write(changing)
+            changing[:] = b"\x81\x05later"
+            gathering.writelines([changing[:3], memoryview(changing)[3:]])
+            self.assertEqual(gathering.get_write_buffer_size(), 14)
+            said = [await client.connection.recv() for _ in range(2)]
+            self.assertEqual(said, ["hello", "later"])
+            self.assertEqual(gathering.get_write_buffer_size(), 0)
+
     async def test_flush_that_raises(self):
         """Whatever flushing one transport raises, all others are flushed, in this turn and the
         next; the one is cut off, since it has lost a frame.
@@ -880,34 +991,10 @@ class Writing(ServerCase):
         self.assertEqual(len(self.complaints), 1)
         self.complaints.clear()
 
-    async def serve_tls(self, folder):
-        """Start a TLS server with a certificate of its own making; return it and a client."""
-        openssl = shutil.which("openssl") or skip("openssl makes the certificate, but is missing")
-        key, certificate = f"{folder}/key.pem", f"{folder}/certificate.pem"
-        command = "req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost"
-        command += f" -addext subjectAltName=DNS:localhost -keyout {key} -out {certificate}"
-        quiet = {"stderr": subprocess.DEVNULL}
-        making = await asyncio.create_subprocess_exec(openssl, *command.split(), **quiet)
-        self.assertEqual(await making.wait(), 0)
-        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        tls.load_cert_chain(certificate, key)
-        server = await websockets.serve(
-            functools.partial(chat.converse, self.room),
-            "127.0.0.1",
-            0,
-            ssl=tls,
-            create_connection=chat.Connection,
-        )
-        port = server.sockets[0].getsockname()[1]
-        trusting = ssl.create_default_context(cafile=certificate)
-        client = Client(port, sock=socket.create_connection(("127.0.0.1", port)), ssl=trusting)
-        client.url = f"wss://localhost:{port}/ws"
-        return server, client
-
     async def test_tls(self):
         """Over TLS every frame of a turn arrives, in order, up to the close frame."""
         with tempfile.TemporaryDirectory() as folder:
-            server, client = await self.serve_tls(folder)
+            server, client = await serve_tls(self.room, folder)
         async with client:
             await client.say("hello")
             self.assertEqual(await client.contents(1), ["hello"])
@@ -923,12 +1010,102 @@ class Writing(ServerCase):
     async def test_tls_close(self):
         """Over TLS, where a close frame and the end are written at once, the frame arrives."""
         with tempfile.TemporaryDirectory() as folder:
-            server, client = await self.serve_tls(folder)
+            server, client = await serve_tls(self.room, folder)
         async with client:
             await client.connection.close()
             self.assertEqual(client.connection.close_code, 1000)
         server.close()
         await server.wait_closed()
+
+
+async def serve_tls(room, folder):
+    """Start a TLS server with a certificate of its own making; return it and a client."""
+    openssl = shutil.which("openssl") or skip("openssl makes the certificate, but is missing")
+    key, certificate = f"{folder}/key.pem", f"{folder}/certificate.pem"
+    command = "req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost"
+    command += f" -addext subjectAltName=DNS:localhost -keyout {key} -out {certificate}"
+    quiet = {"stderr": subprocess.DEVNULL}
+    making = await asyncio.create_subprocess_exec(openssl, *command.split(), **quiet)
+    if await making.wait():
+        raise AssertionError("openssl made no certificate")
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate, key)
+    with mock.patch.object(websockets, "serve", functools.partial(websockets.serve, ssl=tls)):
+        server = await chat.start(room, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    trusting = ssl.create_default_context(cafile=certificate)
+    client = Client(port, sock=socket.create_connection(("127.0.0.1", port)), ssl=trusting)
+    client.url = f"wss://localhost:{port}/ws"
+    return server, client
+
+
+class Reading(ServerCase):
+    async def read_in_turns(self, server, client):
+        """Let a client send 256 KiB of pings at once; return how many bytes each turn handled."""
+        turn, handled = 0, collections.Counter()
+
+        def next_turn():
+            nonlocal turn, tick
+            turn += 1
+            tick = asyncio.get_running_loop().call_soon(next_turn)
+
+        data_received = chat.Connection.data_received
+
+        def count(connection, data):
+            handled[turn] += len(data)
+            data_received(connection, data)
+
+        tick = asyncio.get_running_loop().call_soon(next_turn)
+        async with client:
+            with mock.patch.object(chat.Connection, "data_received", count):
+                client.connection.transport.write(masked(b"", first=0x89) * 43_000)
+                await until(lambda: handled.total() >= 43_000 * 6)
+            client.connection.cut()
+        tick.cancel()
+        return [*handled.values()]
+
+    async def test_turns(self):
+        """Of what a client floods with, one turn of the event loop handles at most 4 KiB."""
+        handled = await self.read_in_turns(self.server, self.client())
+        self.assertEqual(max(handled), 4096)
+
+    async def test_turns_over_tls(self):
+        """Over TLS asyncio may come back a few times in a turn, but not for all that was sent."""
+        with tempfile.TemporaryDirectory() as folder:
+            server, client = await serve_tls(self.room, folder)
+        handled = await self.read_in_turns(server, client)
+        self.assertLess(max(handled), 64 * 1024)
+        server.close()
+        await server.wait_closed()
+
+    async def test_handshake_is_forgotten(self):
+        """A connection whose handshake had 100 headers of 8,000 bytes costs no more than others."""
+        request = upgrade_request(self.port)
+        long = request[:-2] + b"".join(b"X: %s\r\n" % (b"x" * 8000) for _ in range(100)) + b"\r\n"
+        costs = []
+        async with contextlib.AsyncExitStack() as stack:
+            for data in request, long:
+                before = len(self.room.connections)
+                tracemalloc.start()
+                for _ in range(5):
+                    reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                    stack.callback(writer.close)
+                    writer.write(data)
+                    await reader.readuntil(b'"gap": false}')
+                await until(lambda before=before: len(self.room.connections) == before + 5)
+                gc.collect()
+                costs.append(tracemalloc.get_traced_memory()[0])
+                tracemalloc.stop()
+        self.assertLess(costs[1], costs[0] + 5 * 8000)
+
+    async def test_patience(self):
+        """Connections have 20 s between pings and to answer one, and 10 s to close, as a slow
+        phone needs to read the page to its end.
+        """
+        async with self.client():
+            (connection,) = self.room.connections
+            self.assertEqual((connection.ping_interval, connection.ping_timeout), (20, 20))
+            self.assertEqual(connection.close_timeout, 10)
 
 
 class Load(ServerCase):
@@ -944,8 +1121,7 @@ class Load(ServerCase):
             await until(lambda: len(self.room.connections) == 2)
             last, pushed = None, 0
             while name in self.room.names:
-                frame = chat.frame("message", "Port1", "x" * 2000, id=f"{pushed}", time="")
-                self.room.deliver(frame)
+                self.room.deliver(message("x" * 2000, f"{pushed}"))
                 last, pushed = await friend.frame("message"), pushed + 1
                 self.assertLess(pushed, 10_000)
             self.assertEqual(last["id"], f"{pushed - 1}")
@@ -956,16 +1132,16 @@ class Load(ServerCase):
     async def test_slow_tab_returns(self):
         """A tab that was cut off comes back with `after` and misses nothing remembered."""
         async with self.client() as slow, self.client() as friend:
-            await friend.say("seen", id="seen")
-            await slow.contents(1)
+            await friend.say("seen")
+            seen = (await slow.frame("message"))["id"]
             for connection in self.room.connections:
                 if connection.remote_address[1] == slow.port:
                     connection.pause_writing()  # as asyncio does once too much is unsent
             await until(lambda: len(self.room.connections) == 1)
-            await friend.say("missed", id="missed")
+            await friend.say("missed")
             await friend.contents(2)
-            async with self.client(after="seen") as back:
-                self.assertEqual([m["id"] for m in back.welcome["history"]], ["missed"])
+            async with self.client(after=seen) as back:
+                self.assertEqual([m["content"] for m in back.welcome["history"]], ["missed"])
                 self.assertFalse(back.welcome["gap"])
         self.assertEqual(len(self.complaints), 1)
         self.complaints.clear()
@@ -1032,7 +1208,7 @@ class ProgramCase(unittest.TestCase):
         while "Ctrl-C" not in lines[-1]:
             self.assertTrue(lines[-1], "the server did not start")
             lines.append(process.stdout.readline())
-        return process, int(re.search(r":(\d+)", lines[0])[1]), "".join(lines)
+        return process, int(re.search(r":(\d+) ", lines[0])[1]), "".join(lines)
 
 
 class CommandLine(ProgramCase):
@@ -1047,21 +1223,29 @@ class CommandLine(ProgramCase):
         """It prints the address to open and how to stop."""
         _, port, said = self.start_serving(host="localhost")
         self.assertEqual(
-            said, f"Open http://localhost:{port} in two tabs.\nCtrl-C stops the chat.\n"
+            said, f"Open http://localhost:{port} in two windows. Ctrl-C stops the chat.\n"
         )
         with socket.create_connection(("localhost", port), PATIENCE):
             pass
 
     def test_says_what_to_open_elsewhere(self):
-        """With all addresses, it also prints one that other devices can open, if there is one."""
+        """With all addresses, it prints the one that other devices can open, if there is one."""
         _, port, said = self.start_serving(host="0.0.0.0")
-        self.assertIn(f"http://localhost:{port} ", said)
-        address = chat.lan_address(socket.AF_INET)
-        self.assertEqual(f"open http://{address}:{port}\n" in said, address is not None)
+        (host,) = re.findall("http://(.+):", said)
+        with socket.create_connection((host, port), PATIENCE):
+            pass
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect(("192.0.2.1", 9))
+            except OSError:
+                self.assertEqual(host, "localhost")
+            else:
+                self.assertEqual(host, probe.getsockname()[0])
 
     def test_ipv6_address(self):
         """An IPv6 address is printed in brackets, as browsers need it (RFC 3986, 3.2.2)."""
-        self.assertEqual(chat.url("::1", 80), "http://[::1]:80")
+        _, port, said = self.start_serving(host="::1")
+        self.assertIn(f"Open http://[::1]:{port} ", said)
 
     def test_port_in_use(self):
         """A port in use ends it with a line that names the way out."""
@@ -1084,9 +1268,9 @@ class CommandLine(ProgramCase):
         """Without index.html, or with one that is not text, it says where to put it."""
         with tempfile.TemporaryDirectory() as folder:
             program = shutil.copy(HERE / "chat.py", folder)
-            self.assert_gives_up(self.start(program=program), "Put index.html", folder)
+            self.assert_gives_up(self.start(program=program), "index.html beside", folder)
             pathlib.Path(folder, "index.html").write_bytes(b"\xff")
-            self.assert_gives_up(self.start(program=program), "Put index.html")
+            self.assert_gives_up(self.start(program=program), "index.html beside")
 
     def assert_stops(self, number, **more):
         """It must stop at this signal at once, with 1001 for the tabs and not a word."""
@@ -1175,19 +1359,42 @@ class CommandLine(ProgramCase):
         self.assertEqual(process.communicate(timeout=PATIENCE), ("", ""))
 
     @unittest.skipIf(sys.platform == "win32", "Windows does not limit file descriptors so")
+    def test_soft_limit(self):
+        """A soft limit on descriptors is raised as far as the hard one permits."""
+        _, port, _ = self.start_serving(shell_first="ulimit -Sn 64")
+
+        async def crowd():
+            async with contextlib.AsyncExitStack() as stack:
+                for _ in range(100):
+                    await stack.enter_async_context(Client(port))
+
+        asyncio.run(crowd())
+
+    @unittest.skipIf(sys.platform == "win32", "Windows has no pipes of this kind")
+    def test_nobody_reads(self):
+        """Where nobody reads what it prints it ends, without a traceback."""
+        process = self.start("--port", "0", shell_first="sleep 0.1")
+        process.stdout.close()
+        process.stdout = None
+        _, complaint = process.communicate(timeout=PATIENCE)
+        self.assertEqual((process.returncode, complaint), (1, ""))
+
+    @unittest.skipIf(sys.platform == "win32", "Windows does not limit file descriptors so")
     def test_rush(self):
         """More latecomers at once than there are descriptors left wait, and all get 1013."""
-        _, port, _ = self.start_serving(shell_first="ulimit -n 128")
+        process, port, _ = self.start_serving(shell_first="ulimit -n 128")
 
         async def rush():
             async with contextlib.AsyncExitStack() as stack:
-                for _ in range(96):
+                for _ in range(64):
                     await stack.enter_async_context(Client(port))
                 late = (self.come_late(port) for _ in range(60))
                 codes = {refusal.code for refusal in await asyncio.gather(*late)}
                 self.assertEqual(codes, {1013})
 
         asyncio.run(rush())
+        process.terminate()
+        self.assertEqual(process.communicate(timeout=PATIENCE), ("", ""))
 
     @unittest.skipIf(sys.platform == "win32", "Windows has no signal to send here")
     def test_second_signal(self):
@@ -1202,12 +1409,17 @@ class CommandLine(ProgramCase):
 
     @unittest.skipIf(sys.platform == "win32", "Windows has no signal to send here")
     def test_stops_in_time(self):
-        """It stops within 2 s though one tab answers nothing and another never shook hands."""
+        """It stops within 2 s though one tab answers nothing and others never shook hands, or were
+        sent the page and read nothing.
+        """
         process, port, _ = self.start_serving()
         with (
             socket.create_connection(("127.0.0.1", port), PATIENCE) as mute,
             socket.create_connection(("127.0.0.1", port), PATIENCE),
+            socket.create_connection(("127.0.0.1", port), PATIENCE) as reading,
         ):
+            reading.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            reading.recv(1)
             mute.sendall(upgrade_request(port))
             while b"welcome" not in mute.recv(4096):
                 pass
@@ -1607,7 +1819,7 @@ class Page(BrowserCase):
             self.assertEqual(await second.evaluate(TEXTS), order)
 
     async def test_reload(self):
-        """Two waiting messages and the draft survive a reload."""
+        """Two waiting messages and the draft survive a reload, and keep their nonces."""
         let_through = self.hold()
         async with self.tab() as tab:
             await tab.type("one\ntwo\nthree")
@@ -1620,7 +1832,7 @@ class Page(BrowserCase):
             let_through.set()
             await tab.until(f"{STATES}.every(state => state === 'delivered')")
             self.assertEqual(await tab.evaluate(TEXTS), ["one", "two"])
-            self.assertEqual(await tab.evaluate(IDS), before)
+            self.assertEqual([frame["nonce"] for frame in tab.sent()[-2:]], before)
 
     async def test_reload_keeps_own(self):
         """After a reload, what this tab said is still shown as its own."""
@@ -1736,7 +1948,7 @@ class Page(BrowserCase):
         async with self.tab() as tab:
             for id, second in ("a", 0), ("b", 59), ("c", 59 + 60):
                 time = (datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=second)).isoformat()
-                self.room.deliver(chat.frame("message", "Port1", id, id=id, time=time))
+                self.room.deliver(message(id, id, time))
             await tab.until(f"{TEXTS}.length === 3")
             names = look("#messages .name", "e.checkVisibility()")
             self.assertEqual(await tab.evaluate(names), [True, False, True])
@@ -1747,7 +1959,7 @@ class Page(BrowserCase):
             await tab.call("Emulation.setTimezoneOverride", timezoneId="Asia/Tokyo")
             await tab.reload()
             time = "2026-03-04T01:02:03.000+00:00"
-            self.room.deliver(chat.frame("message", "Port1", "hello", id="a", time=time))
+            self.room.deliver(message("hello", "a", time))
             await tab.until(f"{TEXTS}.length === 1")
             shown = (await tab.evaluate(look("time", "[e.textContent, e.title]")))[0]
             self.assertRegex(shown[0], "10:02")
@@ -1896,17 +2108,15 @@ class Page(BrowserCase):
             await tab.until(f"{STATES}.includes('delivered')")
             self.assertEqual([frame["content"] for frame in tab.sent()], ["next"])
 
-    async def test_stolen_id(self):
-        """Whoever says something else with an id that the server has forgotten changes nothing."""
+    async def test_stolen_nonce(self):
+        """Whoever says something else with an old nonce of this tab's speaks as another."""
         async with self.tab() as tab, self.client() as thief:
             await tab.type("mine\n")
             await tab.until(f"{STATES}[0] === 'delivered'")
-            self.fill(50)
-            await thief.say("not mine", id=(await tab.evaluate(IDS))[0])
-            await thief.say("last")
-            await tab.until(f"{TEXTS}.includes('last')")
-            texts = await tab.evaluate(TEXTS)
-            self.assertEqual((texts[0], "not mine" in texts), ("mine", False))
+            await thief.say("not mine", nonce=tab.sent()[0]["nonce"])
+            await tab.until(f"{TEXTS}.length === 2")
+            kinds = look("#messages [data-id]", "e.dataset.kind")
+            self.assertEqual(await tab.evaluate(kinds), ["own", "other"])
 
     async def test_missed_from_the_start(self):
         """A tab that has seen nothing yet is also told when it may have missed something."""
@@ -1950,7 +2160,7 @@ class Page(BrowserCase):
         """A message that was refused for now can be sent again as it is."""
 
         async def refuse(message):
-            raise chat.Refused("The broker is away.", id=message["id"])
+            raise chat.Refused("The broker is away.", nonce=message["nonce"])
 
         async with self.tab() as tab:
             await tab.until(says("#messages", "joined."))  # which would move the buttons
@@ -1958,10 +2168,10 @@ class Page(BrowserCase):
             with mock.patch.object(self.room, "publish", refuse):
                 await tab.type("hello\n")
                 await tab.until(says("#messages [data-kind=own]", "The broker is away."))
-            id = (await tab.evaluate(IDS))[0]
             await tab.click("#messages button[value=again]")
             await tab.until(f"{STATES}[0] === 'delivered'")
-            self.assertEqual(await tab.evaluate(IDS), [id])
+            first, again = tab.sent()
+            self.assertEqual(first, again)
 
     async def test_focus(self):
         """After sending, with the button as well, the focus is in the draft again."""
@@ -2322,7 +2532,7 @@ class PageAndProgram(ProgramCase, unittest.IsolatedAsyncioTestCase):
 
     async def test_restart(self):
         """Across a clean restart nothing is lost or doubled, and what was typed meanwhile goes
-        out in order, with the ids that it had.
+        out in order, with the nonces that it had.
         """
         process, port, _ = self.start_serving()
         async with self.tab(port) as first, self.tab(port) as second:
@@ -2333,14 +2543,14 @@ class PageAndProgram(ProgramCase, unittest.IsolatedAsyncioTestCase):
             await first.until(says("#status", "The server was stopped."))
             await first.type("one\ntwo\nthree\n")
             await first.until(f"{STATES}.filter(state => state === 'waiting').length === 3")
-            ids = await first.evaluate(IDS)
+            nonces = (await first.evaluate(IDS))[1:]
             process.wait()
             process, _, _ = self.start_serving(port=port)
             for tab in first, second:
                 await tab.until(f"{TEXTS}.length === 4 && {STATES}.every(s => s === 'delivered')")
                 self.assertEqual(await tab.evaluate(TEXTS), ["before", "one", "two", "three"])
-                self.assertEqual(await tab.evaluate(IDS), ids)
                 self.assertTrue(await tab.evaluate(says("#messages .divider", "may be missing")))
+            self.assertEqual([frame["nonce"] for frame in first.sent()[1:]], nonces)
 
     async def test_kill(self):
         """Across a crash nothing is doubled or stuck, whatever was under way."""
@@ -2591,7 +2801,7 @@ class RedisStreams(ReadmeCase):
         async with Client(one) as first, Client(two) as second:
             for number in range(15):
                 await first.say(f"first {number}")
-                await second.say(f"second {number}", id=f"{number}")
+                await second.say(f"second {number}", nonce=f"{number}")
             order = await first.contents(30)
             self.assertEqual(await second.contents(30), order)
             self.assertEqual(len(set(order)), 30)
@@ -2601,15 +2811,15 @@ class RedisStreams(ReadmeCase):
         await self.redis()
         (doomed, one), (_, two) = await self.server(), await self.server()
         async with Client(one) as first, Client(two) as second:
-            await first.say("seen", id="seen")
-            await first.contents(1)
+            await first.say("seen", nonce="a")
+            seen = (await first.frame("message"))["id"]
             doomed.kill()
             await second.say("missed")
             self.assertEqual(await second.contents(2), ["seen", "missed"])
-            async with Client(two, after="seen") as back:
+            async with Client(two, after=seen) as back:
                 history = [message["content"] for message in back.welcome["history"]]
                 self.assertEqual((history, back.welcome["gap"]), (["missed"], False))
-                await back.say("seen", id="seen")
+                await back.say("seen", nonce="a")
                 await back.say("here again")
                 self.assertEqual(await second.contents(1), ["here again"])
 
@@ -2618,13 +2828,13 @@ class RedisStreams(ReadmeCase):
         await self.redis()
         server, port = await self.server()
         async with Client(port) as client:
-            await client.say("before", id="before")
-            await client.contents(1)
+            await client.say("before")
+            before = (await client.frame("message"))["id"]
         server.terminate()
         server.wait()
         self.assertEqual(server.returncode, 0)
         _, port = await self.server(port)
-        async with Client(port, after="before") as client:
+        async with Client(port, after=before) as client:
             self.assertEqual((client.welcome["history"], client.welcome["gap"]), ([], False))
 
     async def test_redis_goes_and_comes_back(self):
@@ -2636,14 +2846,14 @@ class RedisStreams(ReadmeCase):
             self.assertEqual(await second.contents(1), ["before"])
             redis.terminate()
             redis.wait()
-            await first.say("lost", id="lost")
+            await first.say("lost", nonce="lost")
             error = await first.frame("error")
-            self.assertEqual(error["id"], "lost")
+            self.assertEqual(error["nonce"], "lost")
             self.assertIn("Send it again", error["content"])
             await self.redis()
             frame = error
-            while frame.get("id") != "retried" or frame["type"] == "error":
-                await first.say("retried", id="retried")
+            while frame["type"] == "error":
+                await first.say("retried", nonce="retried")
                 frame = await first.frame("error", "message")
             await second.say("after")
             self.assertEqual(await second.contents(2), ["retried", "after"])
