@@ -1730,7 +1730,7 @@ class Page(BrowserCase):
             ]
             self.assertEqual(requests, [tab.url])
             self.assertEqual(len(tab.seen("Network.webSocketCreated")), 1)
-        self.assertLess((HERE / "index.html").stat().st_size, 40_000)
+        self.assertLess((HERE / "index.html").stat().st_size, 48_000)
 
     async def test_waiting_and_delivered(self):
         """A message shows at once as waiting, and as delivered when it comes back."""
@@ -2273,7 +2273,7 @@ class Page(BrowserCase):
 
 
 KINDS = look("#wire li", "e.dataset.kind")
-LEGS = "[...e.querySelectorAll('.leg')].map(leg => [leg.className.trim(), leg.innerText])"
+LEGS = "[...e.querySelectorAll('.leg')].map(leg => [leg.className.slice(4), leg.innerText.trim()])"
 
 
 class Wire(BrowserCase):
@@ -2298,12 +2298,10 @@ class Wire(BrowserCase):
             await other.contents(1)
             tab = await self.wide_tab()
             request, response, welcome = await self.rows(tab, "request", "response", "welcome")
-        self.assertEqual(request[0], ["leg right inferred", "GET /ws\nUpgrade: websocket"])
-        self.assertEqual(response[0][0], "leg left inferred")
+        self.assertEqual(request, [["near right guess", "GET /ws\nUpgrade: websocket"]])
+        self.assertEqual(response[0][0], "near left guess")
         self.assertRegex(response[0][1], "^101 Switching Protocols\nafter [0-9]+ ms$")
-        self.assertEqual(welcome[0], ["leg left", "welcome\n1 remembered"])
-        for row in request, response, welcome:
-            self.assertEqual(row[1], ["leg none", ""])
+        self.assertEqual(welcome, [["near left", "welcome\n1 remembered"]])
 
     async def test_sending_alone(self):
         """A message goes up, and is pushed back to this tab and to nobody else."""
@@ -2311,33 +2309,63 @@ class Wire(BrowserCase):
         await tab.type("hello\n")
         send, push = await self.rows(tab, "send", "push")
         size = len(json.dumps(tab.sent()[0], separators=(",", ":")))
-        self.assertEqual(send[0], ["leg right", f"message, {size} bytes\n“hello”"])
+        self.assertEqual(send, [["near right", f"message, {size} bytes\n“hello”"]])
+        self.assertEqual(len(push), 1)
         self.assertRegex(push[0][1], "^message, pushed\nback after [0-9]+ ms$")
-        self.assertEqual(push[1], ["leg none", ""])
 
     async def test_sending_to_others(self):
-        """One frame up, and in one row that catches the eye, the push to this tab and others."""
+        """One frame up, and in one row the push to this tab, filled and thick, and to others."""
         tab = await self.wide_tab()
         async with self.client(), self.client():
             await tab.until("document.querySelector('#online').textContent === '3'")
             await tab.type("hello\n")
             _, push = await self.rows(tab, "send", "push")
-            self.assertEqual(push[0][0], "leg left")
-            self.assertEqual(push[1], ["leg right inferred", "× 2\nthe same frame"])
-            outline = look("#wire [data-kind=push]", "getComputedStyle(e).outlineStyle")
-            self.assertEqual(await tab.evaluate(outline), ["solid"])
+            self.assertEqual(push[0][0], "near left")
+            self.assertEqual(push[1], ["far right guess", "× 2\nthe same frame"])
+            style = "(s => [s.outlineStyle, s.backgroundColor])(getComputedStyle(e))"
+            ((outline, fill),) = await tab.evaluate(look("#wire [data-kind=push]", style))
+            self.assertEqual(outline, "none")
+            self.assertNotEqual(fill, "rgba(0, 0, 0, 0)")
+            thick = "getComputedStyle(e, '::before').borderBottomWidth"
+            self.assertEqual(
+                await tab.evaluate(look("[data-kind=push] .near", thick)),
+                ["4px"],
+            )
 
     async def test_receiving(self):
-        """What another says is drawn as a push that nobody here asked for, in their colour."""
+        """What another says has a box, since nobody here asked for it, and is drawn from its
+        speaker and back to all others, in their colour.
+        """
         tab = await self.wide_tab()
         async with self.client() as other:
             await other.say("hello")
             (message,) = await self.rows(tab, "message")
-            self.assertEqual(message[0], ["leg left", "message, pushed\nnobody here asked"])
-            self.assertEqual(message[1], ["leg left inferred", f"{other.name} spoke\n“hello”"])
+            expected = [
+                ["near left", "message, pushed\nnobody here asked"],
+                ["far left guess", f"{other.name} spoke\n“hello”"],
+                ["far right guess", "× 1\nback to its sender, too"],
+            ]
+            self.assertEqual(message, expected)
             ray = "getComputedStyle(e.querySelector('.leg'), '::before').borderBottomColor"
             name = await tab.evaluate(look("#messages .name", "getComputedStyle(e).color"))
             self.assertEqual(await tab.evaluate(look("#wire [data-kind=message]", ray)), name)
+            outline = look("#wire [data-kind=message]", "getComputedStyle(e).outlineStyle")
+            self.assertEqual(await tab.evaluate(outline), ["solid"])
+
+    async def test_caption(self):
+        """The first frame that nobody here asked for, and no other, says what push is."""
+        tab = await self.wide_tab()
+        await tab.type("hello\n")
+        await self.rows(tab, "send", "push")
+        await tab.until(says("#wire", "1 online"))
+        self.assertEqual(await tab.evaluate(look(".caption", "e.innerText")), [])
+        async with self.client() as other:
+            await tab.until(says("#wire", "2 online"))
+            await other.say("hello")
+            await self.rows(tab, "message")
+        captions = look(".caption", "[e.innerText, e.parentElement.dataset.kind]")
+        expected = [["This tab sent nothing. That is push.", "presence"]]
+        self.assertEqual(await tab.evaluate(captions), expected)
 
     async def test_presence(self):
         """Presence is drawn as a push to everyone."""
@@ -2345,31 +2373,42 @@ class Wire(BrowserCase):
         async with self.client():
             await tab.until(f"{KINDS}.at(-1) === 'presence' && {says('#wire', '2 online')}")
             row = (await tab.evaluate(look("#wire li", LEGS)))[-1]
-            self.assertEqual(row[0], ["leg left", "presence\n2 online"])
-            self.assertEqual(row[1], ["leg right inferred", "presence\n× 1"])
+            self.assertEqual(row[0], ["near left", "presence, pushed\n2 online"])
+            self.assertEqual(row[1], ["far right guess", "× 1\nthe same frame"])
+
+    async def test_heartbeat(self):
+        """A heartbeat is a row on the wire, and no line in the conversation."""
+        tab = await self.wide_tab()
+        await tab.until(f"{KINDS}.includes('presence')")
+        lines = await tab.evaluate(look("#messages li", "e.innerText"))
+        self.room.presence.push()
+        await tab.until(f"{KINDS}.filter(kind => kind === 'presence').length === 2")
+        self.assertEqual(await tab.evaluate(look("#messages li", "e.innerText")), lines)
 
     async def test_error(self):
         """An error is drawn as the answer to this tab alone."""
         tab = await self.wide_tab()
         await tab.type("x" * 2001 + "\n")
         _, error = await self.rows(tab, "send", "error")
-        self.assertEqual(error, [["leg left", "error\nto this tab alone"], ["leg none", ""]])
+        self.assertEqual(error, [["near left", "error\nto this tab alone"]])
 
     async def test_stop_and_start(self):
-        """A restart is drawn: the close code by name, the wait, and how it opens again."""
+        """A restart is drawn: the close code by name, the wait, that nobody answers, and how it
+        opens again.
+        """
         tab = await self.wide_tab()
         self.server.close()
         close, wait = await self.rows(tab, "close", "wait")
-        self.assertEqual(close[0], ["leg left", "close 1001 going away\nclean"])
+        self.assertEqual(close, [["near left", "close 1001 going away"]])
         self.assertRegex(wait[0][1], r"^wait\n[0-9.]+ s to reconnect$")
         await tab.until(f"{KINDS}.slice(-3).join() === 'request,close,wait'")
         close = (await tab.evaluate(look("#wire [data-kind=close]", LEGS)))[-1]
-        self.assertEqual(close[0], ["leg none", "close 1006 abnormal closure\nnot clean"])
+        self.assertEqual(close, [["near", "no answer\n1006, which no frame carries"]])
         self.server = await chat.start(self.room, "127.0.0.1", self.port)
         await self.rows(tab, "wait", "request", "response", "welcome")
 
-    async def test_plug(self):
-        """The plug stays pulled until it is put back; then what was missed comes with the
+    async def test_hang_up(self):
+        """Who has hung up stays so until calling again; then what was missed comes with the
         welcome, and what waited goes out, once.
         """
         tab = await self.wide_tab()
@@ -2378,7 +2417,7 @@ class Wire(BrowserCase):
             await self.rows(tab, "message")
             await tab.click("#unplug")
             (close,) = await self.rows(tab, "close")
-            self.assertEqual(close[0][0], "leg right")
+            self.assertEqual(close, [["near right", "close 1000 normal closure"]])
             await until(lambda: len(self.room.connections) == 1)
             await friend.say("missed")
             await tab.click("#draft")
@@ -2392,9 +2431,38 @@ class Wire(BrowserCase):
             await tab.until(f"{STATES}.join() === 'delivered,delivered'")
             kinds = ["close", "request", "response", "welcome", "send", "send", "push", "push"]
             welcome = (await self.rows(tab, *kinds))[3]
-            self.assertEqual(welcome[0][1], "welcome\n1 remembered")
+            self.assertEqual(welcome[0][1], "welcome\n1 missed")
             self.assertEqual(await tab.evaluate(TEXTS), ["before", "missed", "one", "two"])
             self.assertEqual(await friend.contents(4), ["before", "missed", "one", "two"])
+
+    async def test_cut(self):
+        """On a cut line nothing is sent and nothing heard, and neither side knows, until nothing
+        comes back; once it is mended, all that was said on both sides is there.
+        """
+        tab = await self.wide_tab()
+        async with self.client() as friend:
+            await friend.say("before")
+            await self.rows(tab, "message")
+            await tab.until(says("#wire", "2 online"))
+            await tab.click("#cut")
+            await friend.say("missed")
+            await tab.click("#draft")
+            await tab.type("mine\n")
+            await tab.until(f"{KINDS}.filter(kind => kind === 'lost').length === 2")
+            lost = await tab.evaluate(look("#wire [data-kind=lost]", LEGS))
+            ways = sorted(legs[0][0] for legs in lost)
+            self.assertEqual(ways, ["near left lost", "near right lost"])
+            self.assertTrue(await tab.evaluate(ONLINE))
+            self.assertEqual(len(self.room.connections), 2)
+            await tab.until(OFFLINE)
+            self.assertEqual(tab.sent(), [])
+            self.assertEqual(len(self.room.connections), 2)
+            await tab.click("#cut")
+            await tab.evaluate("document.querySelector('#now').click()")
+            await tab.until(f"{STATES}.join() === 'delivered'")
+            self.assertEqual(await tab.evaluate(TEXTS), ["before", "missed", "mine"])
+            self.assertEqual(await friend.contents(3), ["before", "missed", "mine"])
+            await until(lambda: len(self.room.connections) == 2)
 
     async def test_resending(self):
         """What is sent again, since it did not come back, is drawn as such."""
@@ -2415,17 +2483,16 @@ class Wire(BrowserCase):
             await other.say("hi")
             await self.rows(tab, "message")
             await tab.until(says("#wire", "2 online"))
-            shown = await tab.evaluate(look("#panel b[id]", "+e.textContent"))
             observed = []
             for way in "Sent", "Received":
                 frames = tab.seen(f"Network.webSocketFrame{way}")
                 payloads = [frame["params"]["response"]["payloadData"] for frame in frames]
                 observed += [len(payloads), sum(len(payload.encode()) for payload in payloads)]
-            self.assertEqual(shown, observed)
-            ratio = f"1 up : {round(observed[2] / observed[0], 1):g} down"
-            self.assertEqual(
-                await tab.evaluate("document.querySelector('#ratio').innerText"), ratio
-            )
+            up, up_bytes, down, down_bytes = observed
+            shown = (await tab.evaluate("document.querySelector('#counts').innerText")).split("\n")
+            self.assertEqual(shown[0], f"↑ {up} frames · {up_bytes:,} bytes")
+            ratio = f" · {down / up:.1f} for each sent"
+            self.assertEqual(shown[1], f"↓ {down} frames · {down_bytes:,} bytes{ratio}")
 
     async def test_row_opens(self):
         """A row opens on a click or Enter and shows its frame, with a meaning for each field."""
@@ -2435,15 +2502,31 @@ class Wire(BrowserCase):
         await tab.evaluate("document.querySelector('[data-kind=push] summary').focus()")
         await tab.press("Enter")
         await tab.until(says("[data-kind=push] pre", '"hello"'))
-        (frame,) = (frame for frame in tab.received() if frame["type"] == "message")
+        frames = tab.seen("Network.webSocketFrameReceived")
+        data = [frame["params"]["response"]["payloadData"] for frame in frames]
+        (data,) = (text for text in data if json.loads(text)["type"] == "message")
         text = await tab.evaluate("document.querySelector('[data-kind=push] pre').innerText")
-        for key, value in frame.items():
-            self.assertIn(f"{key}: {json.dumps(value)}", text)
-        meanings = await tab.evaluate(look("[data-kind=push] abbr", "e.title"))
-        self.assertEqual(len([meaning for meaning in meanings if meaning]), len(frame))
-        self.assertRegex(text, r"[0-9]+ bytes, .*:")
+        self.assertTrue(text.startswith(data))
+        self.assertIn(f"{len(data.encode())} bytes on the wire", text)
+        for key, value in json.loads(data).items():
+            self.assertRegex(text, f"{json.dumps(key)}: {re.escape(json.dumps(value))}  [a-z]")
         await tab.click("[data-kind=send] summary")
         await tab.until(says("[data-kind=send] pre", '"hello"'))
+
+    async def test_open_row_stays(self):
+        """While a row is open, what comes does not scroll it away."""
+        tab = await self.wide_tab()
+        await tab.size(1280, 600)
+        await tab.type("hello\n")
+        await self.rows(tab, "send", "push")
+        await tab.evaluate("document.querySelector('[data-kind=push] summary').click()")
+        await tab.until(says("[data-kind=push] pre", '"hello"'))
+        place = "document.querySelector('[data-kind=push]').getBoundingClientRect().top"
+        await tab.until("document.querySelector('[data-kind=push] pre').checkVisibility()")
+        before = await tab.evaluate(f"new Promise(d => setTimeout(d, 100)).then(() => {place})")
+        self.fill(8)
+        await self.rows(tab, *["message"] * 8)
+        self.assertEqual(await tab.evaluate(place), before)
 
     async def test_storm(self):
         """A storm folds into few rows, of which the newest 200 stay."""
@@ -2452,7 +2535,7 @@ class Wire(BrowserCase):
             self.fill(100, start=burst * 100)
         self.fill(1, start=3000)
         await tab.until(f"{TEXTS}.includes('3000')")
-        self.assertTrue(await tab.evaluate(says("#wire", "message, pushed ×")))
+        self.assertTrue(await tab.evaluate(says("#wire", "messages, pushed")))
         self.assertLess(await tab.evaluate(f"{KINDS}.length"), 100)
         for number in range(3001, 3001 + 240, 8):
             self.fill(8, start=number)
@@ -2484,7 +2567,7 @@ class Wire(BrowserCase):
         await self.rows(tab, "send", "push")
         sentences = await tab.evaluate(look("#wire summary", "e.firstChild.textContent"))
         for sentence in sentences:
-            self.assertRegex(sentence, "^(This tab|The server) .+[.]$")
+            self.assertRegex(sentence, "^(This tab|The server): .+[.]$")
         hidden = look("#wire .leg", "e.ariaHidden")
         self.assertEqual(set(await tab.evaluate(hidden)), {"true"})
 
