@@ -17,14 +17,14 @@ and the server pushes to everyone, the sender included,
     {"type": "message", "username": "Port54321", "content": "hello",
      "id": "5eed", "nonce": "c0ffee", "time": "2026-11-23T09:30:00.000+00:00"}
 
-Its other frames have `type`, `username` and `content` as well: `welcome` comes first and gives a
-newcomer its name and the `history`; `presence` tells everyone who came or went, or just that the
-connection is alive; `error` tells a sender what was wrong.
+Every frame from the server has `type`, `username` and `content`. The other types are `welcome`,
+the first frame of a connection, with its name and the `history`; `presence`, which tells everyone
+who came or went, or just that the connection is alive; `error`, which tells a sender what is wrong.
 
-A message has two names, for two ends. The sender chooses the `nonce`: what has the nonce and the
-content of a remembered message is that message and is not pushed again, so a client may resend
-what it never saw come back. The server gives the `id`, never the same twice: after a
-disconnection, `GET /ws?after=5eed` resumes after that message.
+A message bears two identifiers. The sender chooses the `nonce`, to know its message again and to
+say it again: where nonce and content are those of a remembered message, nothing is pushed. The
+server chooses the `id`, to resume: after a disconnection, `GET /ws?after=5eed` has a `welcome`
+whose history begins after that message.
 """
 
 import argparse
@@ -58,7 +58,8 @@ except ImportError:  # on Windows, which does not limit file descriptors
     resource = None  # type: ignore[assignment]
 
 REMEMBERED = 50  # messages, for newcomers and for those who were away: a screen or two
-MESSAGES_PER_SECOND = 20  # from one connection: nobody types faster, and pages resend as many
+MESSAGES_PER_SECOND = 20  # from one connection: nobody types faster, and a page resends as many
+MAX_PEOPLE = 10_000  # at once: as many as one process tells of a message in a tenth of a second
 
 Fields = dict[str, Any]  # the JSON object in a frame
 
@@ -66,7 +67,7 @@ Fields = dict[str, Any]  # the JSON object in a frame
 
 
 def push(connections: Iterable[ServerConnection], fields: Fields) -> None:
-    """Send all of them the same frame. Nobody asked for it, but their connections are open."""
+    """Send all of them the same frame, and wait for none. Nobody asked for it: that is push."""
     websockets.broadcast(connections, json.dumps(fields, ensure_ascii=False))
 
 
@@ -80,41 +81,43 @@ class Room:
         self.connections: set[ServerConnection] = set()
         self.names: set[str] = set()  # of the connections, no two the same
         self.history: deque[Fields] = deque(maxlen=REMEMBERED)  # messages, oldest first
-        self.capacity = MAX_PEOPLE
         self.presence = Presence(self)  # tells everyone who comes and goes
+        self.capacity = MAX_PEOPLE  # less where the system has no room for so many
 
     def join(self, connection: ServerConnection, after: str | None) -> str:
         """Welcome a connection with what was said after that id. Return the name it is given."""
-        name, number = f"Port{connection.remote_address[1]}", 1
+        name = port = f"Port{connection.remote_address[1]}"
+        number = 1
         while name in self.names:  # the same port of another host
             number += 1
-            name = f"{name.partition('-')[0]}-{number}"
+            name = f"{port}-{number}"
         self.names.add(name)
-        # No await may stand between reading the history and joining the set: others could speak
-        # meanwhile. So even the welcome is pushed: `connection.send` would have to be awaited.
+        # No await may stand between the history in the welcome and joining the set: what others
+        # say meanwhile would be in neither. So the welcome is pushed: `send` has to be awaited.
         push([connection], self.welcome(name, after))
         self.connections.add(connection)
         self.presence.tell(name, "joined")
         return name
 
     def welcome(self, name: str, after: str | None) -> Fields:
-        ids = [message["id"] for message in self.history]
-        missed = list(self.history)[ids.index(after) + 1 if after in ids else 0 :]
+        history, ids = list(self.history), [message["id"] for message in self.history]
         gap = after is not None and after not in ids  # there may have been more
+        if after in ids:
+            history = history[ids.index(after) + 1 :]
         content = f"Welcome! {name} is your name here, {len(self.names)} online."
         fields = {"type": "welcome", "username": name, "content": content}
-        return fields | {"online": len(self.names), "history": missed, "gap": gap}
+        return fields | {"online": len(self.names), "history": history, "gap": gap}
 
     async def publish(self, message: Fields) -> None:
-        """Take in a message. A subclass may send it through a message broker, to come back to
-        `deliver` on every server; where it cannot promise that, it raises Refused.
+        """Take in a message. On several servers a subclass would send it through a message broker,
+        which calls `deliver` on each; where it cannot promise that, it raises Refused.
         """
         self.deliver(message)
 
     def deliver(self, message: Fields) -> None:
         """Remember a message and push it to everyone, unless that was done already."""
-        names = [(old["nonce"], old["content"]) for old in self.history]
-        if (message["nonce"], message["content"]) not in names:
+        known = [(old["nonce"], old["content"]) for old in self.history]
+        if (message["nonce"], message["content"]) not in known:
             self.history.append(message)
             push(self.connections, message)
 
@@ -129,23 +132,23 @@ class Room:
 
 async def converse(room: Room, connection: ServerConnection) -> None:
     """Run one connection from its welcome to its end. websockets.serve calls this for each."""
-    after = resume_after(connection.request)  # type: ignore[arg-type]
+    after = resume_after(connection)
     if len(room.connections) >= room.capacity:
-        await connection.close(1013, "The room is full. Try again in a minute.")
+        await connection.close(1013, "The room is full. Try again in a minute.")  # try again later
         return
     name = room.join(connection, after)
-    times: deque[float] = deque(maxlen=MESSAGES_PER_SECOND)  # when it spoke last, in seconds
+    times: deque[float] = deque(maxlen=MESSAGES_PER_SECOND)  # of its last messages, in seconds
     try:
         async for payload in connection:  # waits here until this client says something
-            # Who speaks too fast is not read meanwhile: the rest waits in order, at the client.
+            # Meanwhile nothing more is read: what is said too fast waits in order, unread.
             wait = times[0] + 1 - time.monotonic() if len(times) == MESSAGES_PER_SECOND else 0
             if wait > 0:
                 await asyncio.sleep(wait)
                 if connection.state is not State.OPEN:
-                    break  # a flood ends with its sender
+                    break  # who has left need not be heard to the end of a flood
             times.append(time.monotonic())
             try:
-                await room.publish(message(name, payload))
+                await room.publish(parse_message(name, payload))
             except Refused as refused:
                 push([connection], refused.fields)
     except ConnectionClosed:
@@ -154,7 +157,7 @@ async def converse(room: Room, connection: ServerConnection) -> None:
         room.leave(connection, name)
 
 
-# Here ends the lesson. What follows keeps it standing: first, what is said
+# Here ends the lesson. What follows keeps it standing: first, reading what is said
 
 MAX_CONTENT = 2_000  # characters (code points) of a message: a long paragraph, not a file
 MAX_NONCE = 64  # characters: any UUID or hash fits
@@ -168,7 +171,7 @@ class Refused(Exception):
         self.fields = {"type": "error", "username": "server", "content": content, **more}
 
 
-def message(username: str, payload: str | bytes) -> Fields:
+def parse_message(username: str, payload: str | bytes) -> Fields:
     """Return the message that a client's frame asks to push. Raises Refused."""
     try:
         said = json.loads(payload) if isinstance(payload, str) else None
@@ -212,18 +215,21 @@ class Presence:
 
     def tell(self, name: str, news: str) -> None:
         """Let the next frame say that somebody "joined" or "left"."""
-        if self.news.pop(name, news) == news:  # else it came and went, and nobody needs to know
+        if name in self.news:  # it came and went, or went and came: no news
+            del self.news[name]
+        else:
             self.news[name] = news
         self.schedule(PRESENCE_DELAY)
 
     def schedule(self, delay: float) -> None:
         """Let the next frame leave in that many seconds, unless it leaves before."""
-        due = asyncio.get_running_loop().time() + delay
-        if self.timer and (not self.room.connections or self.timer.when() > due):
-            self.timer.cancel()
-            self.timer = None
-        if self.room.connections and not self.timer:
-            self.timer = asyncio.get_running_loop().call_at(due, self.push)
+        loop, timer, somebody = asyncio.get_running_loop(), self.timer, self.room.connections
+        if somebody and timer and timer.when() <= loop.time() + delay:
+            return
+        if timer:
+            timer.cancel()
+        self.timer = loop.call_later(delay, self.push) if somebody else None
+        self.news = self.news if somebody else {}
 
     def push(self) -> None:
         sentences = []
@@ -295,20 +301,19 @@ def same_origin(headers: Headers) -> bool:
     return not origins or origins == [host.lower() for host in headers.get_all("Host")]
 
 
-def resume_after(request: Request) -> str | None:
-    """Return the ID in /ws?after=ID, and forget the rest: a handshake may have 1 MB of headers,
-    and the library keeps it as long as the connection.
+def resume_after(connection: ServerConnection) -> str | None:
+    """Return the ID in /ws?after=ID, and drop the rest of the handshake: it may have 1 MB of
+    headers, which the library keeps as long as the connection.
     """
+    request: Any = connection.request
     query = parse_qs(request.path.partition("?")[2])
-    request.headers.clear()
     request.path = ""
+    request.headers.clear()
     return query["after"][0] if "after" in query else None
 
 
 # Starting and stopping
 
-MAX_PEOPLE = 10_000  # as many as one process serves with a message to all in a second
-MAX_NEWCOMERS = 1024  # at once: after a restart all tabs come back, and the kernel lets them wait
 STOP_TIMEOUT = 1.5  # seconds for clients to answer the close frame when the server stops
 
 
@@ -325,8 +330,8 @@ async def run(room: Room, host: str, port: int) -> None:
     server.close()  # closes all connections with 1001, going away
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(server.wait_closed(), STOP_TIMEOUT)
-    # Who is left answers no close frame. Cancelled once, their tasks close politely and wait for
-    # an answer; asyncio.run cancels that as well.
+    # Who is left answers no close frame. Cancelled here, their tasks try another one; asyncio.run
+    # cancels that, too.
     for task in asyncio.all_tasks() - {asyncio.current_task()}:
         task.cancel()
     await asyncio.sleep(0.05)
@@ -340,9 +345,15 @@ def on_signal(handler: Any) -> None:
 
 async def start(room: Room, host: str, port: int) -> websockets.Server:
     """Return a running server. Raises SystemExit, with advice, where it cannot start."""
-    descriptors = allow_descriptors()
-    newcomers = min(MAX_NEWCOMERS, descriptors // 4)
-    room.capacity = min(MAX_PEOPLE, descriptors - 2 * newcomers)
+    newcomers = 1024  # at once: after a restart all tabs come back, and the kernel lets them wait
+    if resource:  # raise the soft limit on file descriptors to what is needed, as Go programs do
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        with contextlib.suppress(ValueError, OSError):  # macOS may permit fewer than it says
+            needed = MAX_PEOPLE + 2 * newcomers  # half of them to be turned away, or for the page
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        newcomers = min(newcomers, descriptors // 4)
+        room.capacity = min(MAX_PEOPLE, descriptors - 2 * newcomers)
     page = pathlib.Path(__file__).with_name("index.html")
     try:
         if not 0 <= port <= 65535:
@@ -365,23 +376,8 @@ async def start(room: Room, host: str, port: int) -> websockets.Server:
         )
 
 
-def allow_descriptors() -> int:
-    """Raise the soft limit on file descriptors as far as they are needed and the hard one permits,
-    as Go programs do. Return it.
-    """
-    needed = MAX_PEOPLE + 2 * MAX_NEWCOMERS
-    if not resource:
-        return needed
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(ValueError, OSError):  # macOS may permit fewer than it says
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-
-
 def address(bound: socket.socket, host: str) -> str:
-    """Return where to open the page: where all addresses are served, the one that this machine
-    has in its network.
-    """
+    """Return where to open the page: for all addresses, the one that this machine's network has."""
     ip, port = bound.getsockname()[:2]
     if ip in ("0.0.0.0", "::"):
         host = "localhost"
@@ -440,8 +436,10 @@ class Connection(ServerConnection, asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         received, self.buffer = bytes(self.buffer[:nbytes]), memoryview(b"")
         self.data_received(received)
+        # Where a client breaks the protocol right behind its request, the library ends the stream,
+        # and would stumble over answering the request.
         if self.request and not self.response and self.transport.ended:  # type: ignore[attr-defined]
-            self.transport.abort()  # it broke the protocol right behind its request
+            self.transport.abort()
 
     def pause_writing(self) -> None:
         """Cut off a client that reads too slowly: asyncio calls this at MAX_UNSENT bytes."""
@@ -478,9 +476,6 @@ class GatheringTransport(asyncio.Transport):
         if self.held_size > MAX_HELD:
             self.flush()
 
-    def writelines(self, list_of_data: Iterable[Bytes]) -> None:
-        self.write(b"".join(list_of_data))
-
     def get_write_buffer_size(self) -> int:
         return self.held_size + self.transport.get_write_buffer_size()
 
@@ -490,14 +485,14 @@ class GatheringTransport(asyncio.Transport):
             self.transport.write(b"".join(held))
 
     def write_eof(self) -> None:
-        self.end()
+        self.finish()
         self.transport.write_eof()
 
     def close(self) -> None:
-        self.end()
+        self.finish()
         self.transport.close()
 
-    def end(self) -> None:
+    def finish(self) -> None:
         self.flush()
         self.ended = True
         self.write = self.transport.write  # type: ignore[method-assign]  # it refuses more

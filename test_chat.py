@@ -462,8 +462,9 @@ class Protocol(ServerCase):
 
     async def test_empty_room_schedules_nothing(self):
         """When the last one has left, no presence frame is due any more."""
-        async with self.client():
+        async with self.client() as last:
             self.assertIsNotNone(self.room.presence.timer)
+            await last.frame("presence")
         await until(lambda: not self.room.connections)
         self.assertIsNone(self.room.presence.timer)
         async with self.client() as next:
