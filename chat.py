@@ -246,12 +246,16 @@ class Presence:
 
 # The page over HTTP
 
+MAX_HEADERS = 16 * 1024  # bytes: the library takes half a second for 1 MB of comma lists
+
 
 def answer(page: str, connection: ServerConnection, request: Request) -> Response | None:
     """Answer a plain HTTP request; None leaves it to websockets to open a WebSocket."""
     path, headers = request.path.partition("?")[0], {}
     if request.method not in ("GET", "HEAD"):
         status, body, headers = 405, "Send GET or HEAD.\n", {"Allow": "GET, HEAD"}
+    elif sum(len(value) for _, value in request.headers.raw_items()) > MAX_HEADERS:
+        status, body = 431, "Send fewer headers.\n"
     elif path == "/":
         status, body, headers = 200, page, page_headers(page)
     elif path != "/ws":
@@ -314,7 +318,7 @@ def resume_after(connection: ServerConnection) -> str | None:
 
 # Starting and stopping
 
-STOP_TIMEOUT = 1.5  # seconds for clients to answer the close frame when the server stops
+STOP_TIMEOUT = 1  # second for clients to answer the close frame when the server stops
 
 
 async def run(room: Room, host: str, port: int) -> None:
@@ -347,10 +351,10 @@ async def start(room: Room, host: str, port: int) -> websockets.Server:
     """Return a running server. Raises SystemExit, with advice, where it cannot start."""
     newcomers = 1024  # at once: after a restart all tabs come back, and the kernel lets them wait
     if resource:  # raise the soft limit on file descriptors to what is needed, as Go programs do
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(ValueError, OSError):  # macOS may permit fewer than it says
             needed = MAX_PEOPLE + 2 * newcomers  # half of them to be turned away, or for the page
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, needed), hard), hard))
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         newcomers = min(newcomers, descriptors // 4)
         room.capacity = min(MAX_PEOPLE, descriptors - 2 * newcomers)
@@ -398,8 +402,10 @@ def read_options() -> argparse.Namespace:
     options = parser.parse_args()
     level = "DEBUG" if options.debug else "WARNING"
     logging.basicConfig(format="%(asctime)s %(message)s", level=level)
-    # Where descriptors run out, newcomers wait a second; asyncio has a traceback for each of them.
-    logging.getLogger("asyncio").addFilter(lambda record: "socket.accept()" not in record.msg)
+    # Where descriptors run out, newcomers wait a second; asyncio has a traceback for each of them,
+    # and for each that waits when the server stops.
+    noise = re.compile(r"socket\.accept\(\)|_start_serving")
+    logging.getLogger("asyncio").addFilter(lambda record: not noise.search(record.msg))
     return options
 
 
@@ -437,9 +443,10 @@ class Connection(ServerConnection, asyncio.BufferedProtocol):
         received, self.buffer = bytes(self.buffer[:nbytes]), memoryview(b"")
         self.data_received(received)
         # Where a client breaks the protocol right behind its request, the library ends the stream,
-        # and would stumble over answering the request.
+        # and would stumble over answering the request if it did not know that all is over.
         if self.request and not self.response and self.transport.ended:  # type: ignore[attr-defined]
             self.transport.abort()
+            self.protocol.receive_eof()
 
     def pause_writing(self) -> None:
         """Cut off a client that reads too slowly: asyncio calls this at MAX_UNSENT bytes."""
