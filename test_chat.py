@@ -1526,8 +1526,11 @@ class Browser:
 class Tab:
     """A browser tab, driven over https://chromedevtools.github.io/devtools-protocol/."""
 
-    def __init__(self, browser, url, ready=None, opener=None, ignore_certificate=False):
-        """`ready` is the JavaScript to wait for; with an opener the tab hides that one."""
+    def __init__(self, browser, url, ready=None, opener=None, ignore_certificate=False, before="0"):
+        """`ready` is the JavaScript to wait for, `before` what runs before the page's own; with
+        an opener the tab hides that one.
+        """
+        self.before = before
         self.browser, self.url, self.ids = browser, url, itertools.count()
         self.ready = ready or (ONLINE if url.startswith("http") else "true")
         self.new_window, self.ignore_certificate = opener is None, ignore_certificate
@@ -1546,6 +1549,7 @@ class Tab:
         for domain in "Page", "Runtime", "Log", "Network":
             await self.call(f"{domain}.enable")
         await self.call("Security.setIgnoreCertificateErrors", ignore=self.ignore_certificate)
+        await self.call("Page.addScriptToEvaluateOnNewDocument", source=self.before)
         await self.call("Page.navigate", url=self.url)
         await self.until(f"document.readyState === 'complete' && {self.ready}")
         return self
@@ -1714,6 +1718,15 @@ def says(selector, text):
     return f"Boolean({found}?.innerText.includes({json.dumps(text)}))"
 
 
+# Timers run ten times as fast; `asked` has what they were asked for.
+FAST = """
+    window.asked = [];
+    const slowly = setTimeout;
+    window.setTimeout = (action, ms = 0, ...more) => {
+        asked.push(ms);
+        return slowly(action, ms / 10, ...more);
+    };
+"""
 TEXTS = look("#messages .text", "e.textContent")
 IDS = look("#messages li[data-id]", "e.dataset.id")
 STATES = look("#messages [data-kind=own]", "e.dataset.state")
@@ -2128,14 +2141,187 @@ class Page(BrowserCase):
             self.assertEqual([frame["content"] for frame in tab.sent()], ["next"])
 
     async def test_stolen_nonce(self):
-        """Whoever says something else with an old nonce of this tab's speaks as another."""
-        async with self.tab() as tab, self.client() as thief:
+        """Whoever says something else with a nonce of this tab's, of before or of what waits,
+        speaks as another.
+        """
+        let_through = self.hold()
+        async with self.tab() as tab:
             await tab.type("mine\n")
-            await tab.until(f"{STATES}[0] === 'delivered'")
-            await thief.say("not mine", nonce=tab.sent()[0]["nonce"])
+            await tab.until(f"{STATES}[0] === 'waiting'")
+            nonce = tab.sent()[0]["nonce"]
+            self.room.deliver(message("not mine", "a", nonce=nonce))
             await tab.until(f"{TEXTS}.length === 2")
+            self.assertEqual(await tab.evaluate(STATES), ["waiting"])
+            let_through.set()
+            await tab.until(f"{STATES}[0] === 'delivered'")
+            self.room.deliver(message("nor this", "b", nonce=nonce))
+            await tab.until(f"{TEXTS}.length === 3")
             kinds = look("#messages [data-id]", "e.dataset.kind")
-            self.assertEqual(await tab.evaluate(kinds), ["own", "other"])
+            self.assertEqual(await tab.evaluate(kinds), ["other", "own", "other"])
+
+    async def test_unknown_frames(self):
+        """A frame of a type that the page does not know costs nothing but its row on the wire."""
+        async with self.tab() as tab:
+            for number in range(5):
+                self.fill(1, start=number)
+                chat.push(self.room.connections, {"type": "typing", "username": "Port1"})
+                chat.push(self.room.connections, ["no", "object"])
+            await tab.until(f"{TEXTS}.length === 5")
+            await tab.until("document.querySelectorAll('[data-kind=unknown]').length >= 5")
+            self.assertEqual(tab.problems(), [])
+
+    async def test_drawing_that_throws(self):
+        """A message that cannot be drawn costs itself alone."""
+        async with self.tab() as tab:
+            self.fill(1)
+            self.room.deliver(message("bad", "bad", time="no time at all"))
+            self.fill(1, start=1)
+            await tab.until(f"{TEXTS}.includes('1')")
+            self.assertIn("0", await tab.evaluate(TEXTS))
+
+    async def test_duplicated_tab(self):
+        """A tab with a copy of another's storage does not show that one's later words as its own,
+        and of what waited in both everyone sees one.
+        """
+        let_through = self.hold()
+        async with self.tab() as tab, self.client() as witness:
+            await tab.type("waits in both\n")
+            await tab.until(f"{STATES}.length === 1")
+            copy = await tab.evaluate("JSON.stringify(sessionStorage)")
+            before = f"if (!sessionStorage.chatWaiting) Object.assign(sessionStorage, {copy})"
+            async with self.tab(before=before) as twin:
+                let_through.set()
+                for one in tab, twin:
+                    await one.until(f"{STATES}.join() === 'delivered'")
+                await tab.type("later\n")
+                await twin.until(f"{TEXTS}.includes('later')")
+                kinds = look("#messages [data-id]", "e.dataset.kind")
+                self.assertEqual(await twin.evaluate(kinds), ["own", "other"])
+                self.assertEqual(await witness.contents(2), ["waits in both", "later"])
+
+    async def test_said_again_after_forgotten(self):
+        """A message that the server had forgotten and was told again is shown once."""
+        async with self.tab() as tab:
+            self.room.deliver(message("hello", "a", nonce="n"))
+            self.fill(1)
+            self.room.history.clear()
+            self.room.deliver(message("hello", "b", nonce="n"))
+            self.room.deliver(message("other words", "c", nonce="n"))
+            await tab.until(f"{TEXTS}.includes('other words')")
+            self.assertEqual(await tab.evaluate(TEXTS), ["hello", "0", "other words"])
+
+    async def test_silence(self):
+        """A tab that says nothing reconnects after 45 s without a frame, heartbeats included."""
+        async with self.tab(before=FAST) as tab:
+            await tab.until(says("#messages", "joined."))
+            self.assertIn(45_000, await tab.evaluate("asked"))
+            self.room.presence.push()
+            await tab.until("asked.filter(ms => ms === 45000).length >= 3")
+            await tab.offline(True)
+            await tab.until(OFFLINE)
+
+    async def test_server_that_welcomes_and_closes(self):
+        """The delays go on growing where no connection lasts for 10 s."""
+        join = self.room.join
+
+        def close_soon(connection, after):
+            asyncio.get_running_loop().call_soon(connection.transport.abort)
+            return join(connection, after)
+
+        with mock.patch.object(self.room, "join", close_soon):
+            async with self.tab(before=FAST, ready="true") as tab:
+                await until(lambda: len(tab.seen("Network.webSocketCreated")) >= 4)
+                ceiling = "asked.filter(ms => ms % 1 && ms > 400)"
+                delays = await tab.evaluate(f"{ceiling}.filter(ms => ms < 31000)")
+        self.assertGreater(max(delays), 2_000)
+
+    async def test_rubbish_in_storage(self):
+        """Whatever is in the browser's storage, the page starts and works."""
+        rubbish = ["x", "{}", "5", "null", "[null]", "[{}]", "[[[]]]", '[{"nonce": 1}]', '"text"']
+        for text in rubbish:
+            value = json.dumps(text)
+            before = f"sessionStorage.chatWaiting = sessionStorage.chatOwn = {value}"
+            with self.subTest(text):
+                async with self.tab(before=before) as tab:
+                    await tab.type("hello\n")
+                    await tab.until(f"{STATES}.join() === 'delivered'")
+                    self.assertEqual(tab.problems(), [])
+            self.room.history.clear()
+
+    async def test_denied_storage(self):
+        """Where the browser denies its storage, the page starts and works."""
+        before = """for (const kind of ["localStorage", "sessionStorage"])
+            Object.defineProperty(window, kind, {get() { throw new Error("denied"); }});"""
+        async with self.tab(before=before) as tab:
+            await tab.type("hello\n")
+            await tab.until(f"{STATES}.join() === 'delivered'")
+            await tab.evaluate("document.querySelector('#wire-toggle').click()")
+            self.assertEqual(tab.problems(), [])
+
+    async def test_restless_people(self):
+        """However often people come and go, one line tells the latest, and messages stay."""
+        async with self.tab() as tab:
+            self.fill(1)
+            await tab.until(f"{TEXTS}.length === 1")
+            for number in range(5):
+                self.room.presence.tell(f"Port{number}", "joined")
+                self.room.presence.push()
+            await tab.until(says("#messages", "Port4 joined."))
+            lines = await tab.evaluate(look("#messages [data-kind=system]", "e.innerText"))
+            self.assertEqual(lines[1:] or lines, ["Port4 joined."])
+
+    async def test_greedy_messages(self):
+        """One message takes no more than its share of the page: 2,000 lines scroll in it, and
+        combining characters piled up stay inside it.
+        """
+        async with self.tab() as tab:
+            await tab.size(1280, 800)
+            self.room.deliver(message("\n".join("x" * 1000), "a"))
+            self.room.deliver(message("a" + "\u0301" * 1999, "b"))
+            await tab.until(f"{TEXTS}.length === 2")
+            tall, piled = await tab.evaluate(look(".text", "e.clientHeight"))
+            self.assertLess(tall, 400)
+            self.assertLess(piled, 60)
+            self.assertEqual(
+                set(await tab.evaluate(look(".text", "getComputedStyle(e).overflowX"))), {"hidden"}
+            )
+            self.assertEqual((await tab.evaluate(look(".text", "e.tabIndex")))[0], 0)
+
+    async def test_colour_follows_from_the_name(self):
+        """A person has the same colour in every tab, whoever came first, and the next port has
+        another.
+        """
+        colours = []
+        for names in ("Port50000", "Port50002"), ("Port50002", "Port50000"):
+            self.room.history.clear()
+            for name in names:
+                self.room.deliver(message(f"I am {name}", name) | {"username": name})
+            async with self.tab() as tab:
+                await tab.until(f"{TEXTS}.length === 2")
+                colour = "[e.innerText, getComputedStyle(e).color]"
+                colours.append(dict(await tab.evaluate(look("#messages .name", colour))))
+        self.assertEqual(*colours)
+        self.assertEqual(len(set(colours[0].values())), 2)
+
+    async def test_spoken_once(self):
+        """Those who listen to the page hear each message once."""
+        async with self.tab() as tab, self.client() as other:
+            await tab.type("mine\n")
+            await tab.until(f"{STATES}.join() === 'delivered'")
+            await other.say("theirs")
+            await tab.until(f"{TEXTS}.length === 2")
+            heard = await tab.evaluate(look("#spoken p", "e.textContent"))
+            messages = [text for text in heard if "joined" not in text]
+            self.assertEqual(messages, ["You: mine", f"{other.name}: theirs"])
+            self.assertEqual(await tab.evaluate(look("#log", "e.ariaLive")), ["off"])
+
+    async def test_past(self):
+        """While there is no connection, the name and the number of people look like the past."""
+        past = "Number(getComputedStyle(document.querySelector('#who')).opacity) < 1"
+        async with self.tab() as tab:
+            self.assertFalse(await tab.evaluate(past))
+            await tab.evaluate("document.querySelector('#unplug').click()")
+            self.assertTrue(await tab.evaluate(past))
 
     async def test_missed_from_the_start(self):
         """A tab that has seen nothing yet is also told when it may have missed something."""
@@ -2473,6 +2659,8 @@ class Wire(BrowserCase):
             self.assertEqual(ways, ["near left lost", "near right lost"])
             self.assertTrue(await tab.evaluate(ONLINE))
             self.assertEqual(len(self.room.connections), 2)
+            self.assertNotIn("send", await tab.evaluate(KINDS))
+            self.assertEqual(await tab.evaluate(look("#frames-up", "e.innerText")), ["0"])
             await tab.until(OFFLINE)
             self.assertEqual(tab.sent(), [])
             self.assertEqual(len(self.room.connections), 2)
@@ -2546,6 +2734,96 @@ class Wire(BrowserCase):
         self.fill(8)
         await self.rows(tab, *["message"] * 8)
         self.assertEqual(await tab.evaluate(place), before)
+
+    async def test_storm_of_many(self):
+        """A run of messages in a storm says how many spoke, or who it was."""
+        tab = await self.wide_tab()
+        await tab.evaluate("document.querySelector('#pause').click()")
+        for number in range(20):
+            self.room.deliver(message("x", f"a{number}") | {"username": f"Port{number}"})
+        await tab.until(f"{TEXTS}.length === 20")
+        await tab.evaluate("document.querySelector('#pause').click()")
+        await tab.until(says("#wire", "20 people spoke"))
+        await tab.evaluate("document.querySelector('#pause').click()")
+        for number in range(20):
+            self.room.deliver(message("x", f"b{number}") | {"username": "Port7"})
+        await tab.until(f"{TEXTS}.length === 40")
+        await tab.evaluate("document.querySelector('#pause').click()")
+        await tab.until(says("#wire", "Port7 spoke"))
+
+    async def test_pause(self):
+        """While the drawing pauses the conversation goes on, and going on catches up."""
+        tab = await self.wide_tab()
+        await self.rows(tab, "welcome")
+        await tab.click("#pause")
+        self.fill(3)
+        await tab.until(f"{TEXTS}.length === 3")
+        self.assertNotIn("message", await tab.evaluate(KINDS))
+        await tab.click("#pause")
+        await self.rows(tab, "message", "message", "message")
+
+    async def test_slow(self):
+        """Slowly, one event is drawn every 700 ms; the conversation is not delayed."""
+        tab = await self.tabs.enter_async_context(self.tab(before=FAST))
+        await tab.size(1280, 800)
+        await tab.until(f"{KINDS}.includes('presence')")
+        await tab.click("#slow")
+        await tab.evaluate("asked.length = 0")
+        self.fill(3)
+        await tab.until(f"{TEXTS}.length === 3")
+        await self.rows(tab, "message", "message", "message")
+        self.assertEqual(await tab.evaluate("asked.filter(ms => ms === 700).length"), 3)
+
+    async def test_lit(self):
+        """Pointing at a message lights its rows on the wire, and a row its message."""
+        tab = await self.wide_tab()
+        await tab.type("hello\n")
+        await self.rows(tab, "send", "push")
+        lit = look(".lit", "e.dataset.kind")
+        point = "dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))"
+        for start in "#messages .text", "[data-kind=push] summary":
+            await tab.evaluate(f"document.querySelector('{start}').{point}")
+            self.assertEqual(await tab.evaluate(lit), ["own", "send", "push"])
+            await tab.evaluate(f"document.querySelector('h1').{point}")
+            self.assertEqual(await tab.evaluate(lit), [])
+
+    async def test_polling(self):
+        """What asking once a second would have cost is told from the page's own load."""
+        tab = await self.wide_tab()
+        pattern = "Asking once a second would have taken [0-9]+ requests? and at least [0-9.]+ kB"
+        polling = "document.querySelector('#polling').innerText"
+        await tab.until(f"{polling} !== ''")
+        self.assertRegex(await tab.evaluate(polling), pattern)
+        self.assertRegex(await tab.evaluate(polling), "This took 1 request and [0-9]+ frames?")
+
+    async def test_guide(self):
+        """One line says what to try next, goes on when that has happened, and can be put away."""
+        tab = await self.wide_tab()
+        for words in "second window", "Say something", "other window speak", "Cut the line":
+            await tab.until(says("#guide", words))
+            if words == "second window":
+                other = await self.tabs.enter_async_context(self.client())
+            elif words == "Say something":
+                await tab.type("hello\n")
+            elif words == "other window speak":
+                await other.say("hello")
+        await tab.evaluate("document.querySelector('#guide button').click()")
+        await tab.reload()
+        self.assertFalse(await tab.evaluate("document.querySelector('#guide').checkVisibility()"))
+        await tab.evaluate("localStorage.clear()")
+
+    async def test_lanes(self):
+        """The heads of the lanes stand over their lanes at every width."""
+        tab = await self.wide_tab()
+        middle = "(b => b.x + b.width / 2)(e.getBoundingClientRect())"
+        for width in 360, 700, 1280, 1920:
+            await tab.size(width, 800)
+            await tab.evaluate("document.querySelector('#panel').hidden = false")
+            heads = await tab.evaluate(look("#lanes span", middle))
+            ends = "(b => [b.left, b.right])(e.getBoundingClientRect())"
+            ((left, right),) = await tab.evaluate(look("[data-kind=welcome] .near", ends))
+            self.assertAlmostEqual(heads[0], left, delta=2)
+            self.assertAlmostEqual(heads[1], right, delta=2)
 
     async def test_storm(self):
         """A storm folds into few rows, of which the newest 200 stay."""
@@ -2642,7 +2920,7 @@ class PageAndProgram(ProgramCase, unittest.IsolatedAsyncioTestCase):
             for tab in first, second:
                 await tab.until(f"{TEXTS}.length === 1 && {STATES}.every(s => s === 'delivered')")
             process.terminate()
-            await first.until(says("#status", "The server was stopped."))
+            await first.until(says("#status", "The server was stopped"))
             await first.type("one\ntwo\nthree\n")
             await first.until(f"{STATES}.filter(state => state === 'waiting').length === 3")
             nonces = (await first.evaluate(IDS))[1:]
