@@ -18,13 +18,14 @@ and the server pushes to everyone, the sender included,
      "id": "5eed", "nonce": "c0ffee", "time": "2026-11-23T09:30:00.000+00:00"}
 
 Every frame from the server has `type`, `username` and `content`. The other types are `welcome`,
-the first frame of a connection, with its name and the `history`; `presence`, which tells everyone
-who came or went, or just that the connection is alive; `error`, which tells a sender what is wrong.
+the first frame of a connection, with the name given to it and the `history`; `presence`, which
+tells everyone who came or went, or just that the connection is alive; `error`, which tells a
+sender what is wrong.
 
-A message bears two identifiers. The sender chooses the `nonce`, to know its message again and to
-say it again: where nonce and content are those of a remembered message, nothing is pushed. The
-server chooses the `id`, to resume: after a disconnection, `GET /ws?after=5eed` has a `welcome`
-whose history begins after that message.
+A message bears two identifiers. The sender chooses the `nonce`, to know its message when it comes
+back, and to send it again where it did not: what repeats the nonce and the content of a remembered
+message is dropped. The server chooses the `id`, to resume: after a disconnection, the `welcome`
+on `GET /ws?after=5eed` has a history that begins after that message.
 """
 
 import argparse
@@ -88,12 +89,13 @@ class Room:
         """Welcome a connection with what was said after that id. Return the name it is given."""
         name = port = f"Port{connection.remote_address[1]}"
         number = 1
-        while name in self.names:  # the same port of another host
+        while name in self.names:  # two hosts may use the same port
             number += 1
             name = f"{port}-{number}"
         self.names.add(name)
-        # No await may stand between the history in the welcome and joining the set: what others
-        # say meanwhile would be in neither. So the welcome is pushed: `send` has to be awaited.
+        # No await may stand between the history in the welcome and joining the set: what others say
+        # meanwhile would be neither in it nor pushed. So the welcome is pushed, too, since
+        # `connection.send` has to be awaited.
         push([connection], self.welcome(name, after))
         self.connections.add(connection)
         self.presence.tell(name, "joined")
@@ -101,7 +103,9 @@ class Room:
 
     def welcome(self, name: str, after: str | None) -> Fields:
         history, ids = list(self.history), [message["id"] for message in self.history]
-        gap = after is not None and after not in ids  # there may have been more
+        gap = (
+            after is not None and after not in ids
+        )  # it is forgotten, and what followed may be, too
         if after in ids:
             history = history[ids.index(after) + 1 :]
         content = f"Welcome! {name} is your name here, {len(self.names)} online."
@@ -110,7 +114,7 @@ class Room:
 
     async def publish(self, message: Fields) -> None:
         """Take in a message. On several servers a subclass would send it through a message broker,
-        which calls `deliver` on each; where it cannot promise that, it raises Refused.
+        which calls `deliver` on each, and raises Refused (below) where that is not certain.
         """
         self.deliver(message)
 
@@ -134,25 +138,25 @@ async def converse(room: Room, connection: ServerConnection) -> None:
     """Run one connection from its welcome to its end. websockets.serve calls this for each."""
     after = resume_after(connection)
     if len(room.connections) >= room.capacity:
-        await connection.close(1013, "The room is full. Try again in a minute.")  # try again later
+        await connection.close(1013, "The room is full. Try again in a minute.")
         return
     name = room.join(connection, after)
     times: deque[float] = deque(maxlen=MESSAGES_PER_SECOND)  # of its last messages, in seconds
     try:
         async for payload in connection:  # waits here until this client says something
-            # Meanwhile nothing more is read: what is said too fast waits in order, unread.
+            # While this sleeps nothing more is read: what is said too fast waits, in order.
             wait = times[0] + 1 - time.monotonic() if len(times) == MESSAGES_PER_SECOND else 0
             if wait > 0:
                 await asyncio.sleep(wait)
                 if connection.state is not State.OPEN:
-                    break  # who has left need not be heard to the end of a flood
+                    break  # it has left, and what is still queued is dropped
             times.append(time.monotonic())
             try:
                 await room.publish(parse_message(name, payload))
             except Refused as refused:
                 push([connection], refused.fields)
-    except ConnectionClosed:
-        pass  # clients vanish without a close frame every day
+    except ConnectionClosed:  # without a close frame, as happens every day; with one, the loop ends
+        pass
     finally:
         room.leave(connection, name)
 

@@ -2170,11 +2170,44 @@ class Page(BrowserCase):
             await tab.until("document.querySelectorAll('[data-kind=unknown]').length >= 5")
             self.assertEqual(tab.problems(), [])
 
+    async def test_frames_before_the_welcome(self):
+        """What comes before the welcome counts for nothing: all of the history is shown."""
+        self.fill(2)
+        join = self.room.join
+
+        def hasty_join(connection, after):
+            chat.push([connection], message("2", "2"))
+            return join(connection, after)
+
+        with mock.patch.object(self.room, "join", hasty_join):
+            async with self.tab() as tab:
+                await tab.until(f"{TEXTS}.length === 2")
+                self.assertEqual(await tab.evaluate(TEXTS), ["0", "1"])
+
+    async def test_white_space_of_python(self):
+        """What the server strips is stripped before it is sent, or it would never come back."""
+        async with self.tab() as tab:
+            await tab.type("\x1c\x85 hello \x1f\x85\n")
+            await tab.until(f"{STATES}.join() === 'delivered'")
+            self.assertEqual(await tab.evaluate(TEXTS), ["hello"])
+            self.assertEqual(tab.sent()[0]["content"], "hello")
+
+    async def test_stored_entries_that_never_come_back(self):
+        """What was stored but would not come back as it is, or twice, is not sent."""
+        nonce = "0123456789abcdef01234567"
+        bad = [{"nonce": "", "content": "a"}, {"nonce": nonce, "content": " padded "}]
+        good = {"nonce": nonce[::-1], "content": "good"}
+        stored = json.dumps(json.dumps([*bad, good, good, {"nonce": "x" * 65, "content": "b"}]))
+        async with self.tab(before=f"sessionStorage.chatWaiting ??= {stored}") as tab:
+            await tab.until(f"{STATES}.join() === 'delivered'")
+            self.assertEqual(tab.sent(), [good])
+
     async def test_drawing_that_throws(self):
         """A message that cannot be drawn costs itself alone."""
         async with self.tab() as tab:
             self.fill(1)
-            self.room.deliver(message("bad", "bad", time="no time at all"))
+            for number in range(510):
+                self.room.deliver(message("bad", f"bad{number}", time="no time at all"))
             self.fill(1, start=1)
             await tab.until(f"{TEXTS}.includes('1')")
             self.assertIn("0", await tab.evaluate(TEXTS))
@@ -2671,6 +2704,41 @@ class Wire(BrowserCase):
             self.assertEqual(await friend.contents(3), ["before", "missed", "mine"])
             await until(lambda: len(self.room.connections) == 2)
 
+    async def test_cut_and_mended_at_once(self):
+        """However soon the line is mended, nothing is lost in either direction."""
+        tab = await self.wide_tab()
+        async with self.client() as friend:
+            await friend.say("before")
+            await self.rows(tab, "message")
+            await tab.click("#cut")
+            await friend.say("missed")
+            await tab.click("#draft")
+            await tab.type("mine\n")
+            await tab.until(f"{KINDS}.filter(kind => kind === 'lost').length >= 2")
+            await tab.click("#cut")
+            await friend.say("later")
+            await tab.until(f"{STATES}.join() === 'delivered' && {TEXTS}.length === 4")
+            self.assertEqual(await friend.contents(4), await tab.evaluate(TEXTS))
+
+    async def test_folded_rows(self):
+        """A row that stands for many says for how many."""
+        tab = await self.wide_tab()
+        await tab.until(f"{KINDS}.includes('presence')")
+        await tab.evaluate("document.querySelector('#pause').click()")
+        for _ in range(12):
+            self.room.presence.push()
+        await until(lambda: len(tab.received()) == 14)
+        await tab.evaluate("document.querySelector('#pause').click()")
+        await tab.until(says("#wire", "12 × presence, pushed"))
+
+    async def test_row_that_throws(self):
+        """A row that cannot be drawn costs itself alone."""
+        tab = await self.wide_tab()
+        await self.rows(tab, "welcome")
+        chat.push(self.room.connections, {"type": "presence", "content": 5})
+        self.fill(1)
+        await self.rows(tab, "message")
+
     async def test_resending(self):
         """What is sent again, since it did not come back, is drawn as such."""
         tab = await self.wide_tab()
@@ -2832,7 +2900,7 @@ class Wire(BrowserCase):
             self.fill(100, start=burst * 100)
         self.fill(1, start=3000)
         await tab.until(f"{TEXTS}.includes('3000')")
-        self.assertTrue(await tab.evaluate(says("#wire", "messages, pushed")))
+        self.assertTrue(await tab.evaluate(says("#wire", "× message, pushed")))
         self.assertLess(await tab.evaluate(f"{KINDS}.length"), 100)
         for number in range(3001, 3001 + 240, 8):
             self.fill(8, start=number)
