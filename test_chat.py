@@ -2863,6 +2863,11 @@ class Wire(BrowserCase):
         await tab.until(f"{polling} !== ''")
         self.assertRegex(await tab.evaluate(polling), pattern)
         self.assertRegex(await tab.evaluate(polling), "This took 1 request and [0-9]+ frames?")
+        await tab.evaluate("document.querySelector('[data-kind=request] summary').click()")
+        less = "e.transferSize - e.encodedBodySize"
+        load = "performance.getEntriesByType('navigation')"
+        measured = await tab.evaluate(f"(([e]) => {less})({load})")
+        await tab.until(says("[data-kind=request] pre", f"measured {measured} bytes"))
 
     async def test_guide(self):
         """One line says what to try next, goes on when that has happened, and can be put away."""
