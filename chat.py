@@ -103,9 +103,7 @@ class Room:
 
     def welcome(self, name: str, after: str | None) -> Fields:
         history, ids = list(self.history), [message["id"] for message in self.history]
-        gap = (
-            after is not None and after not in ids
-        )  # it is forgotten, and what followed may be, too
+        gap = after is not None and after not in ids  # others after it may be forgotten, too
         if after in ids:
             history = history[ids.index(after) + 1 :]
         content = f"Welcome! {name} is your name here, {len(self.names)} online."
@@ -444,7 +442,8 @@ class Connection(ServerConnection, asyncio.BufferedProtocol):
         return self.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        received, self.buffer = bytes(self.buffer[:nbytes]), memoryview(b"")
+        received = bytes(self.buffer[:nbytes])
+        del self.buffer  # an idle connection keeps none
         self.data_received(received)
         # Where a client breaks the protocol right behind its request, the library ends the stream,
         # and would stumble over answering the request if it did not know that all is over.
