@@ -2288,7 +2288,10 @@ class Page(BrowserCase):
         async with self.tab(before=before) as tab:
             await tab.type("hello\n")
             await tab.until(f"{STATES}.join() === 'delivered'")
+            visible = "document.querySelector('#panel').checkVisibility()"
+            before = await tab.evaluate(visible)
             await tab.evaluate("document.querySelector('#wire-toggle').click()")
+            self.assertNotEqual(await tab.evaluate(visible), before)
             self.assertEqual(tab.problems(), [])
 
     async def test_restless_people(self):
@@ -2347,6 +2350,10 @@ class Page(BrowserCase):
             messages = [text for text in heard if "joined" not in text]
             self.assertEqual(messages, ["You: mine", f"{other.name}: theirs"])
             self.assertEqual(await tab.evaluate(look("#log", "e.ariaLive")), ["off"])
+            storm = "for (let n = 0; n < 20; n++) draw(() => drawSystem('storm')); 0"
+            await tab.evaluate(storm)
+            await tab.until(says("#messages", "storm"))
+            self.assertEqual(await tab.evaluate(look("#spoken p", "e.textContent")), heard)
 
     async def test_past(self):
         """While there is no connection, the name and the number of people look like the past."""
