@@ -2206,6 +2206,7 @@ class Page(BrowserCase):
         """A message that cannot be drawn costs itself alone."""
         async with self.tab() as tab:
             self.fill(1)
+            await tab.until(f"{TEXTS}.includes('0')")
             for number in range(510):
                 self.room.deliver(message("bad", f"bad{number}", time="no time at all"))
             self.fill(1, start=1)
