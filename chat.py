@@ -19,13 +19,13 @@ and the server pushes to everyone, the sender included,
 
 Every frame from the server has `type`, `username` and `content`. The other types are `welcome`,
 the first frame of a connection, with the name given to it and the `history`; `presence`, which
-tells everyone who came or went, or just that the connection is alive; `error`, which tells a
-sender what is wrong.
+announces who came and who went, or only shows that the connection is alive; `error`, which tells
+a sender what is wrong.
 
 A message bears two identifiers. The sender chooses the `nonce`, to know its message when it comes
-back, and to send it again where it did not: what repeats the nonce and the content of a remembered
-message is dropped. The server chooses the `id`, to resume: after a disconnection, the `welcome`
-on `GET /ws?after=5eed` has a history that begins after that message.
+back, and to send it again if it does not: the server drops what has the nonce and the content of
+a message that it remembers. The server chooses the `id`, to resume: after a disconnection, the
+`welcome` on `GET /ws?after=5eed` has a history that begins after that message.
 """
 
 import argparse
@@ -60,7 +60,7 @@ except ImportError:  # on Windows, which does not limit file descriptors
 
 REMEMBERED = 50  # messages, for newcomers and for those who were away: a screen or two
 MESSAGES_PER_SECOND = 20  # from one connection: nobody types faster, and a page resends as many
-MAX_PEOPLE = 10_000  # at once: as many as one process tells of a message in a tenth of a second
+MAX_PEOPLE = 10_000  # at once: one process can push a message to so many in a tenth of a second
 
 Fields = dict[str, Any]  # the JSON object in a frame
 
@@ -82,7 +82,7 @@ class Room:
         self.connections: set[ServerConnection] = set()
         self.names: set[str] = set()  # of the connections, no two the same
         self.history: deque[Fields] = deque(maxlen=REMEMBERED)  # messages, oldest first
-        self.presence = Presence(self)  # tells everyone who comes and goes
+        self.presence = Presence(self)  # announces who comes and goes
         self.capacity = MAX_PEOPLE  # less where the system has no room for so many
 
     def join(self, connection: ServerConnection, after: str | None) -> str:
@@ -93,9 +93,9 @@ class Room:
             number += 1
             name = f"{port}-{number}"
         self.names.add(name)
-        # No await may stand between the history in the welcome and joining the set: what others say
-        # meanwhile would be neither in it nor pushed. So the welcome is pushed, too, since
-        # `connection.send` has to be awaited.
+        # No await may stand between copying the history and joining the set. Other connections run
+        # while this one awaits, and what they say then would be neither in the copy nor pushed.
+        # So the welcome is pushed, since `connection.send` has to be awaited.
         push([connection], self.welcome(name, after))
         self.connections.add(connection)
         self.presence.tell(name, "joined")
@@ -103,7 +103,7 @@ class Room:
 
     def welcome(self, name: str, after: str | None) -> Fields:
         history, ids = list(self.history), [message["id"] for message in self.history]
-        gap = after is not None and after not in ids  # others after it may be forgotten, too
+        gap = after is not None and after not in ids  # forgotten, as may be some that came after it
         if after in ids:
             history = history[ids.index(after) + 1 :]
         content = f"Welcome! {name} is your name here, {len(self.names)} online."
@@ -111,15 +111,15 @@ class Room:
         return fields | {"online": len(self.names), "history": history, "gap": gap}
 
     async def publish(self, message: Fields) -> None:
-        """Take in a message. On several servers a subclass would send it through a message broker,
-        which calls `deliver` on each, and raises Refused (below) where that is not certain.
+        """Take in a message. With several servers, a subclass would hand it to a message broker,
+        which has each server call `deliver`; if that may not happen it would raise Refused (below).
         """
         self.deliver(message)
 
     def deliver(self, message: Fields) -> None:
         """Remember a message and push it to everyone, unless that was done already."""
-        known = [(old["nonce"], old["content"]) for old in self.history]
-        if (message["nonce"], message["content"]) not in known:
+        said = [(old["nonce"], old["content"]) for old in self.history]
+        if (message["nonce"], message["content"]) not in said:
             self.history.append(message)
             push(self.connections, message)
 
@@ -134,7 +134,7 @@ class Room:
 
 async def converse(room: Room, connection: ServerConnection) -> None:
     """Run one connection from its welcome to its end. websockets.serve calls this for each."""
-    after = resume_after(connection)
+    after = take_after(connection)
     if len(room.connections) >= room.capacity:
         await connection.close(1013, "The room is full. Try again in a minute.")
         return
@@ -147,19 +147,19 @@ async def converse(room: Room, connection: ServerConnection) -> None:
             if wait > 0:
                 await asyncio.sleep(wait)
                 if connection.state is not State.OPEN:
-                    break  # it has left, and what is still queued is dropped
+                    break  # it has left: what it had still queued is dropped
             times.append(time.monotonic())
             try:
                 await room.publish(parse_message(name, payload))
             except Refused as refused:
                 push([connection], refused.fields)
-    except ConnectionClosed:  # without a close frame, as happens every day; with one, the loop ends
+    except ConnectionClosed:  # it broke, as happens every day; after a goodbye the loop just ends
         pass
     finally:
         room.leave(connection, name)
 
 
-# Here ends the lesson. What follows keeps it standing: first, reading what is said
+# Here ends the lesson. The rest makes it robust: first, checking what clients send
 
 MAX_CONTENT = 2_000  # characters (code points) of a message: a long paragraph, not a file
 MAX_NONCE = 64  # characters: any UUID or hash fits
@@ -224,21 +224,24 @@ class Presence:
         self.schedule(PRESENCE_DELAY)
 
     def schedule(self, delay: float) -> None:
-        """Let the next frame leave in that many seconds, unless it leaves before."""
+        """Push the next frame in at most that many seconds, while anybody is here."""
         loop, timer, somebody = asyncio.get_running_loop(), self.timer, self.room.connections
         if somebody and timer and timer.when() <= loop.time() + delay:
             return
         if timer:
             timer.cancel()
-        self.timer = loop.call_later(delay, self.push) if somebody else None
-        self.news = self.news if somebody else {}
+        if somebody:
+            self.timer = loop.call_later(delay, self.push)
+        else:
+            self.timer, self.news = None, {}
 
     def push(self) -> None:
         sentences = []
         for went in "joined", "left":
             names = [name for name, news in self.news.items() if news == went]
             who = ", ".join(names) if len(names) <= 3 else f"{len(names)} people"
-            sentences += [f"{who} {went}."] if names else []
+            if names:
+                sentences.append(f"{who} {went}.")
         content, online = " ".join(sentences), len(self.room.names)
         fields = {"type": "presence", "username": "server", "content": content, "online": online}
         push(self.room.connections, fields)
@@ -273,7 +276,8 @@ def answer(page: str, connection: ServerConnection, request: Request) -> Respons
     for name, value in headers.items():
         response.headers.pop(name, None)  # or there would be two
         response.headers[name] = value
-    response.body = b"" if request.method == "HEAD" else response.body
+    if request.method == "HEAD":
+        response.body = b""
     return response
 
 
@@ -307,9 +311,9 @@ def same_origin(headers: Headers) -> bool:
     return not origins or origins == [host.lower() for host in headers.get_all("Host")]
 
 
-def resume_after(connection: ServerConnection) -> str | None:
-    """Return the ID in /ws?after=ID, and drop the rest of the handshake: it may have 1 MB of
-    headers, which the library keeps as long as the connection.
+def take_after(connection: ServerConnection) -> str | None:
+    """Return the ID in /ws?after=ID, and empty the request: it may have 1 MB of headers, which the
+    library keeps as long as the connection.
     """
     request: Any = connection.request
     query = parse_qs(request.path.partition("?")[2])
@@ -336,15 +340,15 @@ async def run(room: Room, host: str, port: int) -> None:
     server.close()  # closes all connections with 1001, going away
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(server.wait_closed(), STOP_TIMEOUT)
-    # Who is left answers no close frame. Cancelled here, their tasks try another one; asyncio.run
-    # cancels that, too.
+    # Who is left does not answer the close frame. Their tasks, cancelled, try to close once more;
+    # asyncio.run cancels that, too.
     for task in asyncio.all_tasks() - {asyncio.current_task()}:
         task.cancel()
     await asyncio.sleep(0.05)
 
 
 def on_signal(handler: Any) -> None:
-    """Handle SIGTERM and Ctrl-C, the latter also where it comes ignored from a shell's `&`."""
+    """Handle SIGTERM and Ctrl-C, also if a shell's `&` has started this with Ctrl-C ignored."""
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, handler)
 
@@ -363,7 +367,7 @@ async def start(room: Room, host: str, port: int) -> websockets.Server:
     page = pathlib.Path(__file__).with_name("index.html")
     try:
         if not 0 <= port <= 65535:
-            raise ValueError("ports go up to 65535")  # and 65536 would mean any
+            raise ValueError("ports go up to 65535")  # 65536 would wrap to 0: any free one
         return await websockets.serve(
             functools.partial(converse, room),
             host,
@@ -413,7 +417,7 @@ def read_options() -> argparse.Namespace:
 
 # Reading and writing
 
-READ_AT_ONCE = 4 * 1024  # bytes: 700 of the smallest frames, 6 ms that the others wait
+READ_AT_ONCE = 4 * 1024  # bytes: 700 of the smallest frames, which delay the others by 6 ms
 MAX_UNSENT = 1024 * 1024  # bytes that a client may leave unread; a welcome has at most 600 KB
 MAX_HELD = 16 * 1024  # bytes of one connection: 70 messages of usual length
 NOT_FOR_WRITING = (  # what a transport does besides
@@ -476,7 +480,7 @@ class GatheringTransport(asyncio.Transport):
     def write(self, data: Bytes) -> None:
         turn = self.turn
         if data != turn.last:
-            turn.last = bytes(memoryview(data))  # TypeError for what has no bytes
+            turn.last = bytes(memoryview(data))  # of a number, bytes() alone would make zeros
         if not self.held:
             if not turn.holding:
                 asyncio.get_running_loop().call_soon(turn.end)

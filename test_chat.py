@@ -2560,7 +2560,7 @@ class Wire(BrowserCase):
         """A message goes up, and is pushed back to this tab and to nobody else."""
         tab = await self.wide_tab()
         await tab.type("hello\n")
-        send, push = await self.rows(tab, "send", "push")
+        send, push = await self.rows(tab, "send", "echo")
         size = len(json.dumps(tab.sent()[0], separators=(",", ":")))
         self.assertEqual(send, [["up", f"message, {size} bytes\n“hello”"]])
         self.assertEqual(len(push), 1)
@@ -2572,16 +2572,16 @@ class Wire(BrowserCase):
         async with self.client(), self.client():
             await tab.until("document.querySelector('#online').textContent === '3'")
             await tab.type("hello\n")
-            _, push = await self.rows(tab, "send", "push")
+            _, push = await self.rows(tab, "send", "echo")
             self.assertEqual(push[0][0], "down")
             self.assertEqual(push[1], ["to guess", "to 2 other tabs\nthe same frame"])
             style = "(s => [s.outlineStyle, s.backgroundColor])(getComputedStyle(e))"
-            ((outline, fill),) = await tab.evaluate(look("#wire [data-kind=push]", style))
+            ((outline, fill),) = await tab.evaluate(look("#wire [data-kind=echo]", style))
             self.assertEqual(outline, "none")
             self.assertNotEqual(fill, "rgba(0, 0, 0, 0)")
             thick = "getComputedStyle(e, '::before').borderBottomWidth"
             self.assertEqual(
-                await tab.evaluate(look("[data-kind=push] .down", thick)),
+                await tab.evaluate(look("[data-kind=echo] .down", thick)),
                 ["4px"],
             )
 
@@ -2611,7 +2611,7 @@ class Wire(BrowserCase):
         async with self.client() as other:
             await tab.type("hello\n")
             await other.say("hello")
-            await self.rows(tab, "send", "push", "message")
+            await self.rows(tab, "send", "echo", "message")
             await tab.until(says("#wire", "2 online"))
         caption = "[e.dataset.kind, getComputedStyle(e, '::after').content]"
         captions = dict(await tab.evaluate(look("#wire li", caption)))
@@ -2679,7 +2679,7 @@ class Wire(BrowserCase):
             self.assertEqual(len(self.room.connections), 1)
             await tab.click("#unplug")
             await tab.until(f"{STATES}.join() === 'delivered,delivered'")
-            kinds = ["close", "request", "response", "welcome", "send", "send", "push", "push"]
+            kinds = ["close", "request", "response", "welcome", "send", "send", "echo", "echo"]
             welcome = (await self.rows(tab, *kinds))[3]
             self.assertEqual(welcome[0][1], "welcome\n1 missed")
             self.assertEqual(await tab.evaluate(TEXTS), ["before", "missed", "one", "two"])
@@ -2760,7 +2760,7 @@ class Wire(BrowserCase):
             await tab.click("#unplug")
             await until(lambda: not self.room.connections)
         await tab.click("#unplug")
-        await self.rows(tab, "welcome", "resend", "push")
+        await self.rows(tab, "welcome", "resend", "echo")
 
     async def test_counters(self):
         """Frames and bytes, up and down, and their ratio are what really passed."""
@@ -2785,14 +2785,14 @@ class Wire(BrowserCase):
         """A row opens on a click or Enter and shows its frame, with a meaning for each field."""
         tab = await self.wide_tab()
         await tab.type("hello\n")
-        await self.rows(tab, "send", "push")
-        await tab.evaluate("document.querySelector('[data-kind=push] summary').focus()")
+        await self.rows(tab, "send", "echo")
+        await tab.evaluate("document.querySelector('[data-kind=echo] summary').focus()")
         await tab.press("Enter")
-        await tab.until(says("[data-kind=push] pre", '"hello"'))
+        await tab.until(says("[data-kind=echo] pre", '"hello"'))
         frames = tab.seen("Network.webSocketFrameReceived")
         data = [frame["params"]["response"]["payloadData"] for frame in frames]
         (data,) = (text for text in data if json.loads(text)["type"] == "message")
-        text = await tab.evaluate("document.querySelector('[data-kind=push] pre').innerText")
+        text = await tab.evaluate("document.querySelector('[data-kind=echo] pre').innerText")
         self.assertTrue(text.startswith(data))
         self.assertIn(f"{len(data.encode())} bytes on the wire", text)
         for key, value in json.loads(data).items():
@@ -2805,11 +2805,11 @@ class Wire(BrowserCase):
         tab = await self.wide_tab()
         await tab.size(1280, 600)
         await tab.type("hello\n")
-        await self.rows(tab, "send", "push")
-        await tab.evaluate("document.querySelector('[data-kind=push] summary').click()")
-        await tab.until(says("[data-kind=push] pre", '"hello"'))
-        place = "document.querySelector('[data-kind=push]').getBoundingClientRect().top"
-        await tab.until("document.querySelector('[data-kind=push] pre').checkVisibility()")
+        await self.rows(tab, "send", "echo")
+        await tab.evaluate("document.querySelector('[data-kind=echo] summary').click()")
+        await tab.until(says("[data-kind=echo] pre", '"hello"'))
+        place = "document.querySelector('[data-kind=echo]').getBoundingClientRect().top"
+        await tab.until("document.querySelector('[data-kind=echo] pre').checkVisibility()")
         before = await tab.evaluate(f"new Promise(d => setTimeout(d, 100)).then(() => {place})")
         self.fill(8)
         await self.rows(tab, *["message"] * 8)
@@ -2858,12 +2858,12 @@ class Wire(BrowserCase):
         """Pointing at a message lights its rows on the wire, and a row its message."""
         tab = await self.wide_tab()
         await tab.type("hello\n")
-        await self.rows(tab, "send", "push")
+        await self.rows(tab, "send", "echo")
         lit = look(".lit", "e.dataset.kind")
         point = "dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))"
-        for start in "#messages .text", "[data-kind=push] summary":
+        for start in "#messages .text", "[data-kind=echo] summary":
             await tab.evaluate(f"document.querySelector('{start}').{point}")
-            self.assertEqual(await tab.evaluate(lit), ["own", "send", "push"])
+            self.assertEqual(await tab.evaluate(lit), ["own", "send", "echo"])
             await tab.evaluate(f"document.querySelector('h1').{point}")
             self.assertEqual(await tab.evaluate(lit), [])
 
@@ -2950,7 +2950,7 @@ class Wire(BrowserCase):
         """Screen readers get each row as a sentence."""
         tab = await self.wide_tab()
         await tab.type("hello\n")
-        await self.rows(tab, "send", "push")
+        await self.rows(tab, "send", "echo")
         sentences = await tab.evaluate(look("#wire summary", "e.firstChild.textContent"))
         for sentence in sentences:
             self.assertRegex(sentence, "^(This tab|The server): .+[.]$")
