@@ -2564,7 +2564,7 @@ class Wire(BrowserCase):
         size = len(json.dumps(tab.sent()[0], separators=(",", ":")))
         self.assertEqual(send, [["up", f"message, {size} bytes\n“hello”"]])
         self.assertEqual(len(push), 1)
-        self.assertRegex(push[0][1], "^message, pushed\nyour own, back after [0-9]+ ms$")
+        self.assertRegex(push[0][1], "^message, back\nyour own, after [0-9]+ ms$")
 
     async def test_sending_to_others(self):
         """One frame up, and in one row the push to this tab, filled and thick, and to others."""
