@@ -995,11 +995,10 @@ class Tab:
         with contextlib.suppress(websockets.ConnectionClosedError):
             async for payload in self.devtools:
                 said = json.loads(payload)
-                if "id" not in said:
+                answer = self.answers.pop(said.get("id"), None)
+                if not answer:
                     self.events.append(said)
-                elif not (
-                    answer := self.answers.pop(said["id"])
-                ).done():  # or nobody waits any more
+                elif not answer.done():  # or nobody waits any more
                     answer.set_result(said)
 
     async def call(self, method, **params):
@@ -2173,10 +2172,17 @@ class Wire(BrowserCase):
                 await tab.until(says("#wire", "10 × message"))
 
     async def test_slow(self):
-        """Slowly, one event is drawn every 700 ms; the conversation is not delayed."""
+        """Slowly, one event is drawn every 700 ms, its arrow at the speed of speech; the
+        conversation is not delayed.
+        """
+        pace = look(
+            "#wire li:last-child .down", "getComputedStyle(e, '::before').animationDuration"
+        )
         async with self.tab(before=FAST) as tab:
             await tab.until(f"{ROWS}.includes('presence')")
+            self.assertEqual(await tab.evaluate(pace), ["0.25s"])
             await tab.push("#slow")
+            self.assertEqual(await tab.evaluate(pace), ["0.6s"])
             await tab.evaluate("asked.length = 0")
             self.fill(3)
             await tab.shows(f"{TEXTS}.length", 3)
@@ -2238,6 +2244,16 @@ class Wire(BrowserCase):
                 ((left, right),) = await tab.evaluate(look("[data-kind=welcome] .leg", ends))
                 self.assertAlmostEqual(heads[0], left, delta=2)
                 self.assertAlmostEqual(heads[1], right, delta=2)
+
+    async def test_wall(self):
+        """The panel and its text grow with the window, so that they can be read on a wall."""
+        wide = "e.getBoundingClientRect().width"
+        shown = look("#panel", f"[{wide}, parseFloat(getComputedStyle(e).fontSize)]")
+        sizes = {1000: [480, 12], 1280: [512, 13.04], 1920: [768, 16.56], 3000: [960, 18]}
+        async with self.tab() as tab:
+            for width, expected in sizes.items():
+                await tab.size(width, 720)
+                await tab.shows(shown, [expected])
 
     async def test_storm(self):
         """A storm folds into few rows, and the newest 200 rows stay."""
