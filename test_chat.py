@@ -2574,7 +2574,8 @@ class Readme(ReadmeCase):
             while not all(sign in shown for sign in signs):
                 shown += (line := await asyncio.to_thread(process.stdout.readline))
                 self.assertTrue(line, f"{words}: {shown}")
-            await asyncio.to_thread(process.communicate, "")
+            if say:
+                await asyncio.to_thread(process.communicate, "")  # as Ctrl-D
 
     async def test_whole_network(self):
         """--host 0.0.0.0 serves all addresses."""
