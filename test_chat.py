@@ -1566,6 +1566,8 @@ class Page(BrowserCase):
             await tab.shows(STATES, ["waiting"])
             await tab.evaluate("latest[10000](), 0")
             await tab.until(OFFLINE)
+            await tab.push("#now")
+            self.assertFalse(await tab.evaluate(visible("#now")))  # an attempt is under way
             await tab.push("#unplug")
             await tab.push("#unplug")
             await tab.shows(STATE, "connecting")  # as if nothing had been tried yet
@@ -2090,8 +2092,8 @@ class Wire(BrowserCase):
                 self.assertEqual(await tab.evaluate(LINES), lines)
 
     async def test_push_and_answer(self):
-        """What nobody here asked for has a box, in the colour of who speaks, and the first says
-        what push is; this tab's own is filled, and thick.
+        """What nobody here asked for has a box, in the colour of who speaks, and the first message
+        says what push is; this tab's own is filled, and thick.
         """
         style = "(s => [s.outlineStyle, s.backgroundColor])(getComputedStyle(e))"
         line = "(s => [s.borderBottomWidth, s.borderBottomColor])"
@@ -2113,7 +2115,7 @@ class Wire(BrowserCase):
             captions = await tab.evaluate(look("#wire li", caption))
             captions = [text != "none" for text in captions]
             kinds = await tab.evaluate(ROWS)
-            self.assertEqual(captions, [kind == "presence" for kind in kinds])
+            self.assertEqual(captions, [kind == "message" for kind in kinds])
 
     async def test_counters(self):
         """Frames and bytes, up and down, and their ratio are what really passed."""
