@@ -1872,6 +1872,26 @@ class Page(BrowserCase):
             self.assertEqual(await tab.evaluate(f"{TEXTS}.at(-1)"), "599")
             self.assertLessEqual(await tab.evaluate("most"), 50)
 
+    async def test_hidden_storm(self):
+        """Of all that a hidden tab gets before it may draw, only what stays is drawn."""
+        hold = """const soon = setTimeout;
+            window.held = [];
+            window.setTimeout = (action, ms, ...more) =>
+                ms === 16 && document.hidden ? held.push(action) : soon(action, ms, ...more);"""
+        watch = """window.drawn = 0;
+            new MutationObserver(records => {
+                drawn += records.filter(record => record.addedNodes.length).length;
+            }).observe(messages, {childList: true})"""
+        async with self.tab(before=hold) as tab:
+            await tab.until(f"{LINES}.length")
+            await tab.hide(True)
+            await tab.evaluate(watch)
+            self.fill(1500)
+            await tab.shows("document.title", "(1500) Chat")
+            await tab.evaluate("held.forEach(action => action())")
+            await tab.until(f"{TEXTS}.includes('1499')")
+            self.assertEqual(await tab.evaluate("drawn"), 500)
+
     async def test_draft_grows(self):
         """Shift+Enter breaks the line, the draft grows to five lines, and Enter sends it all."""
         height = one("#draft", "clientHeight")
