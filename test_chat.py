@@ -1645,6 +1645,8 @@ class Page(BrowserCase):
                     await tab.say("after")
                     shown = f"{LINES}.filter(line => line.includes('may be missing')).length"
                     self.assertEqual(await tab.evaluate(shown), dividers)
+                    more = await tab.evaluate(says("#wire", "missed, or more"))
+                    self.assertEqual(more, bool(dividers))
 
     async def test_delays(self):
         """The delays to reconnect double from 1 s to 30 s, half by chance, welcomed or not."""
@@ -2193,6 +2195,18 @@ class Wire(BrowserCase):
                 await tab.until(says("#wire", words))
                 await tab.until(says("#wire", "10 × message"))
 
+    async def test_pause_of_a_talk(self):
+        """What people say while the drawing pauses is not folded, however much it is."""
+        async with self.tab(before=LATER) as tab:
+            await tab.until(f"{ROWS}.includes('presence')")
+            await tab.push("#pause")
+            for number in range(15):
+                self.fill(1, start=number)
+                await tab.shows(f"{TEXTS}.length", number + 1)
+                await tab.evaluate("window.later = (window.later ?? 0) + 150")
+            await tab.push("#pause")
+            await self.rows(tab, *["message"] * 15)
+
     async def test_slow(self):
         """Slowly, one event is drawn every 700 ms, its arrow at the speed of speech; the
         conversation is not delayed.
@@ -2210,6 +2224,23 @@ class Wire(BrowserCase):
             await tab.shows(f"{TEXTS}.length", 3)
             await self.rows(tab, "message", "message", "message")
             self.assertEqual(await tab.evaluate("asked.filter(ms => ms === 700).length"), 3)
+            self.fill(1, start=3)
+            await tab.shows(f"{TEXTS}.length", 4)
+            await tab.push("#pause")  # before the next row is due, which it holds as well
+            await tab.evaluate("new Promise(done => setTimeout(done, 700))")
+            self.assertEqual(await tab.evaluate(f"{ROWS}.filter(k => k === 'message').length"), 3)
+
+    async def test_when(self):
+        """Each row has the time since the one before, in ms or in seconds."""
+        when = look("#wire li:last-child .when", "e.textContent")
+        async with self.tab(before=LATER) as tab:
+            await tab.until(f"{ROWS}.includes('presence')")
+            for later, pattern in (2_300, r"^\+2\.[0-9] s$"), (2_300, r"^\+[0-9]+ ms$"):
+                await tab.evaluate(f"window.later = {later}")
+                before = len(self.room.history)
+                self.fill(1, start=before)
+                await self.rows(tab, *["message"] * (before + 1))
+                self.assertRegex((await tab.evaluate(when))[0], pattern)
 
     async def test_lit(self):
         """Pointing at a message lights its rows on the wire, and a row its message."""
