@@ -1893,6 +1893,7 @@ class Page(BrowserCase):
             await tab.evaluate("held.forEach(action => action())")
             await tab.until(f"{TEXTS}.includes('1499')")
             self.assertEqual(await tab.evaluate("drawn"), 500)
+            await tab.hide(False)  # as later tests want it
 
     async def test_draft_grows(self):
         """Shift+Enter breaks the line, the draft grows to five lines, and Enter sends it all."""
