@@ -1480,6 +1480,23 @@ class Page(BrowserCase):
                 await until(lambda: tab.sent() == [said, said])
                 self.assertEqual(len(tab.attempts()), 1)
 
+    async def test_taken_back_too_late(self):
+        """Taking back what was delivered in that moment takes nothing, neither it nor another."""
+        with mock.patch.object(self.room, "publish", mock.AsyncMock()):  # it publishes nothing
+            async with self.tab() as tab:
+                await tab.type("one\ntwo\n")
+                await until(lambda: len(tab.sent()) == 2)
+                for said in tab.sent():
+                    error = said | {"type": "error", "content": "Not now."}
+                    chat.push(self.room.connections, error)
+                await tab.shows(STATES, ["refused", "refused"])
+                back = one("#messages li button + button", "click()")
+                await tab.evaluate(f"chat.addEventListener('message', () => {back})")
+                self.room.deliver(message("one", "a", nonce=tab.sent()[0]["nonce"]))
+                await tab.shows(STATES, ["delivered", "refused"])
+                self.assertEqual(await tab.evaluate("waiting.map(entry => entry.content)"), ["two"])
+                self.assertEqual(await tab.evaluate(one("#draft", "value")), "")
+
     async def test_nonces(self):
         """What is the same by nonce and content is shown once, other words are another's."""
         let_through = self.hold()
@@ -1740,6 +1757,7 @@ class Page(BrowserCase):
         good = {"nonce": nonce, "content": "good"}
         entries = [{"nonce": "", "content": "a"}, {"nonce": "x" * 65, "content": "b"}, good, good]
         entries += [{"nonce": nonce[::-1], "content": " padded "}, {"nonce": 1}, None, [[]]]
+        entries += [{"nonce": [nonce], "content": "a list is not text"}]
         async with self.tab() as tab:
             for text in "x", "{}", "5", "null", '"text"', json.dumps(entries):
                 with self.subTest(text):
