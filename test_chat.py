@@ -769,11 +769,15 @@ class CommandLine(ProgramCase):
             shutil.copy(HERE / "chat.py", folder)
         taken = self.enterContext(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
         for options, folder, wrong in [
-            (f"--host 127.0.0.1 --port {taken}", HERE, f"port {taken}: .* in use"),
+            (
+                f"--host 127.0.0.1 --port {taken}",
+                HERE,
+                f"port {taken}: ",
+            ),  # the rest is the system's
             ("--port 65536", HERE, "65536"),
             *((f"--host {host}", HERE, host) for host in ("no.such.invalid", "a..b", "192.0.2.1")),
-            ("", alone, alone),
-            ("", garbled, garbled),
+            ("", alone, re.escape(alone)),
+            ("", garbled, re.escape(garbled)),
         ]:
             with self.subTest(options, folder=folder):
                 process = self.start(*options.split(), program=pathlib.Path(folder, "chat.py"))
@@ -2500,6 +2504,7 @@ class PageAndProgram(ProgramCase, unittest.IsolatedAsyncioTestCase):
     def tab(self, port):
         return Tab(shared_browser(), f"http://127.0.0.1:{port}/", before=FAST)
 
+    @unittest.skipIf(sys.platform == "win32", "Windows has no signal that lets it stop cleanly")
     async def test_restart(self):
         """Across a clean restart nothing is lost or doubled, and what was typed meanwhile goes
         out in order, with the nonces that it had.
