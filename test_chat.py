@@ -127,30 +127,30 @@ class ServerCase(unittest.IsolatedAsyncioTestCase):
     async def asyncSetUp(self):
         self.enterContext(self.assertNoLogs(level=logging.WARNING))
         asyncio.get_running_loop().slow_callback_duration = PATIENCE  # slow is not wrong
+        self.addAsyncCleanup(self.assert_nothing_left)
         self.room = chat.Room()
-        self.server = await chat.start(self.room, "127.0.0.1", 0)
-        self.port = self.server.sockets[0].getsockname()[1]
+        self.server, self.port = await self.serve()
 
-    async def asyncTearDown(self):
-        self.server.close()
-        async with asyncio.timeout(PATIENCE):
-            await self.server.wait_closed()
+    async def assert_nothing_left(self):
         self.assertEqual((self.room.connections, self.room.names), (set(), set()))
         self.assertIsNone(self.room.presence.timer)  # nobody is there to be told
         await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
 
-    @contextlib.asynccontextmanager
-    async def other_server(self, **options):
-        """Serve the same room at another port, with these options of websockets.serve."""
+    async def serve(self, port=0, **options):
+        """Serve the room, with options of websockets.serve; return the server and its port."""
         with mock.patch.object(websockets, "serve", functools.partial(websockets.serve, **options)):
-            server = await chat.start(self.room, "127.0.0.1", 0)
-        yield server, server.sockets[0].getsockname()[1]
+            server = await chat.start(self.room, "127.0.0.1", port)
+        self.addAsyncCleanup(self.stop, server)
+        return server, server.sockets[0].getsockname()[1]
+
+    async def stop(self, server):
         server.close()
         async with asyncio.timeout(PATIENCE):
             await server.wait_closed()
 
-    def client(self, **options):
-        return Client(self.port, **options)
+    async def join(self, **options):
+        """Return a client that stays until the test ends."""
+        return await self.enterAsyncContext(Client(self.port, **options))
 
     def fill(self, count, start=0, more=""):
         """Deliver many messages, all in one turn of the event loop."""
@@ -212,7 +212,7 @@ class Protocol(ServerCase):
     async def test_message(self):
         """A message goes to everyone, with the sender's nonce and what the server alone can say."""
         ids = set()
-        async with self.client() as first, self.client() as second:
+        async with Client(self.port) as first, Client(self.port) as second:
             for payload, content, nonce in GOOD_FRAMES:
                 with self.subTest(payload[:60]):
                     await first.connection.send(payload)
@@ -234,7 +234,7 @@ class Protocol(ServerCase):
         end = socket.create_connection(("127.0.0.1", self.port))
         name = f"Port{end.getsockname()[1]}"
         self.room.names |= {name, f"{name}-2"}  # as of other hosts' clients
-        async with self.client(sock=end) as third:
+        async with Client(self.port, sock=end) as third:
             self.assertEqual(third.name, f"{name}-3")
         self.room.names -= {name, f"{name}-2"}
 
@@ -248,7 +248,7 @@ class Protocol(ServerCase):
 
         talking = asyncio.create_task(talk())
         for _ in range(5):
-            async with self.client() as client:
+            async with Client(self.port) as client:
                 seen = client.welcome["history"]
                 seen += [await client.frame("message") for _ in range(20)]
                 start = int(seen[0]["id"])
@@ -259,50 +259,50 @@ class Protocol(ServerCase):
     async def test_welcome(self):
         """The first frame has the last 50 messages, or those after ID, and tells of a gap."""
         rubbish = ["never", "%00", "%ff%fe", "a&after=50", "%5B" * 99, "x" * 4000, "💥", "..//"]
-        async with self.client() as witness:
-            self.fill(52)
-            pushed = [await witness.frame("message") for _ in range(52)]
-            self.assertEqual([frame["id"] for frame in pushed], [f"{n}" for n in range(52)])
-            cases = {None: (2, False), "2": (3, False), "50": (51, False), "51": (52, False)}
-            cases |= dict.fromkeys(["0", "1", *rubbish], (2, True))
-            for after, (start, gap) in cases.items():
-                async with self.client(after=after) as client:
-                    name = f"Port{client.port}"
-                    content = f"Welcome! {name} is your name here, 2 online."
-                    expected = {"type": "welcome", "username": name, "content": content}
-                    expected |= {"online": 2, "history": pushed[start:], "gap": gap}
-                    self.assertEqual(client.welcome, expected, after)
-                await until(lambda: len(self.room.connections) == 1)
+        witness = await self.join()
+        self.fill(52)
+        pushed = [await witness.frame("message") for _ in range(52)]
+        self.assertEqual([frame["id"] for frame in pushed], [f"{n}" for n in range(52)])
+        cases = {None: (2, False), "2": (3, False), "50": (51, False), "51": (52, False)}
+        cases |= dict.fromkeys(["0", "1", *rubbish], (2, True))
+        for after, (start, gap) in cases.items():
+            async with Client(self.port, after=after) as client:
+                name = f"Port{client.port}"
+                content = f"Welcome! {name} is your name here, 2 online."
+                expected = {"type": "welcome", "username": name, "content": content}
+                expected |= {"online": 2, "history": pushed[start:], "gap": gap}
+                self.assertEqual(client.welcome, expected, after)
+            await until(lambda: len(self.room.connections) == 1)
 
     async def test_said_again(self):
         """A remembered message is not pushed again, but nobody can touch it by its nonce or id."""
-        async with self.client() as one, self.client() as two:
-            await one.say("mine", nonce="a")
-            mine = await one.frame("message")
-            await one.say("mine", nonce="a")
-            await one.say("and then")
-            self.assertEqual(await one.contents(1), ["and then"])
-            said = [("mine", "a"), ("other", "a"), ("mine", "b"), ("other", mine["id"])]
-            for content, nonce in said:
-                await two.say(content, nonce=nonce, id=mine["id"])
-            frames = [await one.frame("message") for _ in said[1:]]
-            got = [(frame["username"], frame["content"], frame["nonce"]) for frame in frames]
-            self.assertEqual(got, [(two.name, *names) for names in said[1:]])
-            self.assertNotIn(mine["id"], [frame["id"] for frame in frames])
-            self.assertEqual(self.room.history[0], mine)
-            self.fill(50)
-            await one.contents(50)
-            await one.say("mine", nonce="a")  # which is forgotten, so this is another one
-            self.assertEqual(await one.contents(1), ["mine"])
+        one, two = await self.join(), await self.join()
+        await one.say("mine", nonce="a")
+        mine = await one.frame("message")
+        await one.say("mine", nonce="a")
+        await one.say("and then")
+        self.assertEqual(await one.contents(1), ["and then"])
+        said = [("mine", "a"), ("other", "a"), ("mine", "b"), ("other", mine["id"])]
+        for content, nonce in said:
+            await two.say(content, nonce=nonce, id=mine["id"])
+        frames = [await one.frame("message") for _ in said[1:]]
+        got = [(frame["username"], frame["content"], frame["nonce"]) for frame in frames]
+        self.assertEqual(got, [(two.name, *names) for names in said[1:]])
+        self.assertNotIn(mine["id"], [frame["id"] for frame in frames])
+        self.assertEqual(self.room.history[0], mine)
+        self.fill(50)
+        await one.contents(50)
+        await one.say("mine", nonce="a")  # which is forgotten, so this is another one
+        self.assertEqual(await one.contents(1), ["mine"])
 
     async def test_presence(self):
         """Everyone is told who came and went, and how many are online; nobody keeps old news."""
-        async with self.client() as gone:
+        async with Client(self.port) as gone:
             await gone.frame("presence")
         await until(lambda: not self.room.connections)
-        async with self.client() as first:
+        async with Client(self.port) as first:
             frames = [await first.frame("presence")]
-            async with self.client() as second:
+            async with Client(self.port) as second:
                 frames.append(await first.frame("presence"))
             frames.append(await first.frame("presence"))
         names = [(first.name, "joined", 1), (second.name, "joined", 2), (second.name, "left", 1)]
@@ -315,18 +315,18 @@ class Protocol(ServerCase):
         sentences = {"": "+A -A -B +B", "A, B, C joined.": "+A +B +C"}
         sentences |= {"4 people left.": "-A -B -C -D", "A joined. B left.": "-B +A"}
         loop, presence = asyncio.get_running_loop(), self.room.presence
-        async with self.client() as client:
-            await client.frame("presence")
-            for sentence, changes in sentences.items():
-                heartbeat = presence.timer
-                with mock.patch.object(loop, "call_later", wraps=loop.call_later) as call_later:
-                    for sign, name in changes.split():
-                        presence.tell(name, {"+": "joined", "-": "left"}[sign])
-                    presence.timer.cancel()
-                    presence.push()
-                self.assertEqual([call.args[0] for call in call_later.mock_calls], [0.25, 20])
-                self.assertTrue(heartbeat.cancelled())  # since news came before
-                self.assertEqual((await client.frame("presence"))["content"], sentence)
+        client = await self.join()
+        await client.frame("presence")
+        for sentence, changes in sentences.items():
+            heartbeat = presence.timer
+            with mock.patch.object(loop, "call_later", wraps=loop.call_later) as call_later:
+                for sign, name in changes.split():
+                    presence.tell(name, {"+": "joined", "-": "left"}[sign])
+                presence.timer.cancel()
+                presence.push()
+            self.assertEqual([call.args[0] for call in call_later.mock_calls], [0.25, 20])
+            self.assertTrue(heartbeat.cancelled())  # since news came before
+            self.assertEqual((await client.frame("presence"))["content"], sentence)
 
 
 NO_OBJECTS = [b'{"content": "hello"}', "", "hello", '{"content": "hel', "null", "5", r'"\ud800"']
@@ -348,23 +348,23 @@ class BadInput(ServerCase):
         self.enterContext(mock.patch.object(chat, "MESSAGES_PER_SECOND", 1000))
         contents = [json.dumps({"nonce": "mine", "content": content}) for content in BAD_CONTENTS]
         nonces = [json.dumps({"nonce": nonce, "content": "hello"}) for nonce in BAD_NONCES]
-        async with self.client() as client, self.client() as friend:
-            for payload in [*NO_OBJECTS, *contents, *nonces, "{}"]:
-                with self.subTest(payload[:50]):
-                    await client.connection.send(payload)
-                    error = await client.frame("error", "message")
-                    self.assertRegex(error.pop("content"), "^Send ")
-                    about = {"nonce": "mine"} if payload in contents else {}
-                    self.assertEqual(error, {"type": "error", "username": "server"} | about)
-                    await client.say("hello")
-                    for other in client, friend:
-                        frame = await other.frame("error", "message")
-                        self.assertEqual(frame["content"], "hello")
+        client, friend = await self.join(), await self.join()
+        for payload in [*NO_OBJECTS, *contents, *nonces, "{}"]:
+            with self.subTest(payload[:50]):
+                await client.connection.send(payload)
+                error = await client.frame("error", "message")
+                self.assertRegex(error.pop("content"), "^Send ")
+                about = {"nonce": "mine"} if payload in contents else {}
+                self.assertEqual(error, {"type": "error", "username": "server"} | about)
+                await client.say("hello")
+                for other in client, friend:
+                    frame = await other.frame("error", "message")
+                    self.assertEqual(frame["content"], "hello")
 
     async def test_frames_that_close(self):
         """A frame over 32 KiB closes with 1009, one that is no UTF-8 with 1007 (RFC 6455, 7.4)."""
         for payload, code in (b"x" * (32 * 1024 + 1), 1009), (b"\xff\xfe", 1007):
-            async with self.client() as client:
+            async with Client(self.port) as client:
                 await client.connection.send(payload, text=True)
                 self.assertEqual(await client.close_code(), code)
 
@@ -372,17 +372,17 @@ class BadInput(ServerCase):
         """Where publish raises Refused, the speaker gets an error that says why."""
         refusal = chat.Refused("The broker is away. Try again.", nonce="a")
         self.enterContext(mock.patch.object(self.room, "publish", side_effect=[refusal, None]))
-        async with self.client() as client:
-            await client.say("hello", nonce="a")
-            error = await client.frame("error", "message")
-            self.assertEqual((error["content"], error["nonce"]), (str(refusal), "a"))
+        client = await self.join()
+        await client.say("hello", nonce="a")
+        error = await client.frame("error", "message")
+        self.assertEqual((error["content"], error["nonce"]), (str(refusal), "a"))
 
     async def test_silent_client(self):
         """A client that answers no ping in time is closed, and its name is free again."""
-        async with self.other_server(ping_interval=0.1, ping_timeout=0.1) as (_, port):
-            received = await self.raw(upgrade_request(port), port)
-            self.assertIn((1011).to_bytes(2), received)  # a close frame's code
-            await until(lambda: not self.room.names)
+        _, port = await self.serve(ping_interval=0.1, ping_timeout=0.1)
+        received = await self.raw(upgrade_request(port), port)
+        self.assertIn((1011).to_bytes(2), received)  # a close frame's code
+        await until(lambda: not self.room.names)
 
     async def test_rubbish(self):
         """What is no request, is cut off, or ends the stream behind one, harms nobody else."""
@@ -394,14 +394,14 @@ class BadInput(ServerCase):
             more = b"X: " + b"x" * (chat.READ_AT_ONCE - len(asked) - 5) + b"\r\n\r\n"
             cases += [asked + end, asked[:-2] + more + end]  # in the same read, or in the next
         self.enterContext(mock.patch.object(chat, "MESSAGES_PER_SECOND", 1000))
-        async with self.client() as speaker, self.client() as listener:
-            for number, data in enumerate(cases):
-                with self.subTest(data):
-                    answer = await self.raw(data, cut=data in cuts)
-                    self.assertRegex(answer, b"^(HTTP/1.1 (101|200|4[0-9][0-9]) )?")
-                    await speaker.say(f"{number}")
-                    self.assertEqual(await listener.contents(1), [f"{number}"])
-            await until(lambda: len(self.room.connections) == 2)
+        speaker, listener = await self.join(), await self.join()
+        for number, data in enumerate(cases):
+            with self.subTest(data):
+                answer = await self.raw(data, cut=data in cuts)
+                self.assertRegex(answer, b"^(HTTP/1.1 (101|200|4[0-9][0-9]) )?")
+                await speaker.say(f"{number}")
+                self.assertEqual(await listener.contents(1), [f"{number}"])
+        await until(lambda: len(self.room.connections) == 2)
 
     async def test_fuzz(self):
         """While 300 connections send random rubbish, two hold a conversation that stays whole."""
@@ -430,16 +430,16 @@ class BadInput(ServerCase):
                     await reader.read()
             chance.choice([writer.close, writer.transport.abort])()
 
-        async with self.client() as speaker, self.client() as listener:
-            rubbishing, count = asyncio.gather(*(rubbish() for _ in range(300))), 0
-            while not rubbishing.done():
-                await speaker.say(f"{count}")
-                for client in speaker, listener:
-                    while await client.contents(1) != [f"{count}"]:
-                        pass  # what rubbish says
-                count += 1
-            await rubbishing
-            await until(lambda: len(self.room.connections) == 2)
+        speaker, listener = await self.join(), await self.join()
+        rubbishing, count = asyncio.gather(*(rubbish() for _ in range(300))), 0
+        while not rubbishing.done():
+            await speaker.say(f"{count}")
+            for client in speaker, listener:
+                while await client.contents(1) != [f"{count}"]:
+                    pass  # what rubbish says
+            count += 1
+        await rubbishing
+        await until(lambda: len(self.room.connections) == 2)
 
 
 class Http(ServerCase):
@@ -539,93 +539,92 @@ class Load(ServerCase):
         (end,) = (c for c in self.room.connections if c.remote_address[1] == client.port)
         return end
 
-    @contextlib.asynccontextmanager
     async def pair(self, tls):
-        """Yield a server, with TLS or without, and its client."""
+        """Return a server, with TLS or without, and its client."""
         own, trust = tls_contexts() if tls else (None, None)
-        async with self.other_server(ssl=own) as (server, port), Client(port, ssl=trust) as client:
-            yield server, client
+        server, port = await self.serve(ssl=own)
+        return server, await self.enterAsyncContext(Client(port, ssl=trust))
 
     async def test_one_write_a_turn(self):
         """What one turn says leaves in one write for each tab, and in few where it is much."""
-        async with self.client() as first, self.client() as second:
+        first, second = await self.join(), await self.join()
+        for client in first, second:
+            await client.frame("presence")
+        for more, most in ("", 1), ("x" * 1000, 7):
+            for end in self.room.connections:
+                end.below.write.reset_mock()
+            self.fill(100, more=more)
             for client in first, second:
-                await client.frame("presence")
-            for more, most in ("", 1), ("x" * 1000, 7):
-                for end in self.room.connections:
-                    end.below.write.reset_mock()
-                self.fill(100, more=more)
-                for client in first, second:
-                    self.assertEqual(await client.contents(100), [f"{n}{more}" for n in range(100)])
-                    writes = self.other_end(client).below.write.mock_calls
-                    self.assertLessEqual(len(writes), most)
-                    self.assertLess(max(len(call.args[0]) for call in writes), 16 * 1024 + 1200)
+                self.assertEqual(await client.contents(100), [f"{n}{more}" for n in range(100)])
+                writes = self.other_end(client).below.write.mock_calls
+                self.assertLessEqual(len(writes), most)
+                self.assertLess(max(len(call.args[0]) for call in writes), 16 * 1024 + 1200)
 
     async def test_close_comes_last(self):
         """What was said before either end closes arrives before the close frame, TLS or not."""
         for tls in False, True:
-            async with self.pair(tls) as (server, client):
-                self.fill(100, more="x" * 500)
-                server.close()
-                self.assertEqual(len(await client.contents(100)), 100)
-                self.assertEqual(await client.close_code(), 1001)
-            async with self.pair(tls) as (_, client):
-                await client.connection.close()
-                self.assertEqual(client.connection.close_code, 1000)
+            server, client = await self.pair(tls)
+            _, leaving = await self.pair(tls)
+            await leaving.connection.close()
+            self.assertEqual(leaving.connection.close_code, 1000)
+            self.fill(100, more="x" * 500)
+            server.close()
+            self.assertEqual(len(await client.contents(100)), 100)
+            self.assertEqual(await client.close_code(), 1001)
 
     async def test_same_as_its_transport(self):
         """What is asked of it and written to it has the same effect as on asyncio's transport."""
-        async with self.client() as client:
-            end = self.other_end(client)
-            gathering, own = end.transport, end.below
-            for ask in "is_closing", "can_write_eof", "get_protocol", "get_write_buffer_limits":
-                self.assertEqual(getattr(gathering, ask)(), getattr(own, ask)())
-            for wrong, transport in itertools.product(["text", None, 5], [gathering, own]):
-                with self.assertRaises(TypeError):
-                    transport.write(wrong)
-            changing = bytearray(b"\x81\x05hello")
-            gathering.write(changing)
-            changing[:] = b"\x81\x05later"
-            gathering.writelines([changing[:3], memoryview(changing)[3:]])
-            self.assertEqual(gathering.get_write_buffer_size(), 14)
-            self.assertEqual([await client.connection.recv() for _ in range(2)], ["hello", "later"])
-            self.assertEqual(gathering.get_write_buffer_size(), 0)
-            gathering.write_eof()
-            with self.assertRaisesRegex(RuntimeError, "write_eof"):
-                gathering.write(b"late")
-            await client.close_code()
+        client = await self.join()
+        end = self.other_end(client)
+        gathering, own = end.transport, end.below
+        for ask in "is_closing", "can_write_eof", "get_protocol", "get_write_buffer_limits":
+            self.assertEqual(getattr(gathering, ask)(), getattr(own, ask)())
+        for wrong, transport in itertools.product(["text", None, 5], [gathering, own]):
+            with self.assertRaises(TypeError):
+                transport.write(wrong)
+        changing = bytearray(b"\x81\x05hello")
+        gathering.write(changing)
+        changing[:] = b"\x81\x05later"
+        gathering.writelines([changing[:3], memoryview(changing)[3:]])
+        self.assertEqual(gathering.get_write_buffer_size(), 14)
+        self.assertEqual([await client.connection.recv() for _ in range(2)], ["hello", "later"])
+        self.assertEqual(gathering.get_write_buffer_size(), 0)
+        gathering.write_eof()
+        with self.assertRaisesRegex(RuntimeError, "write_eof"):
+            gathering.write(b"late")
+        await client.close_code()
 
     async def test_lost_within_a_turn(self):
         """Whatever flushing one transport raises, or where one is lost, all others are flushed."""
-        async with self.client() as one, self.client() as broken, self.client() as lost:
-            with self.assertLogs(level=logging.WARNING) as logs:
-                self.other_end(broken).below.write.side_effect = ValueError("broken")
-                below = self.other_end(lost).below
-                below.reset_mock()
-                self.fill(2)
-                below.abort()
-                self.fill(1, start=2)
-                self.assertEqual(await one.contents(3), ["0", "1", "2"])
-                await until(lambda: len(self.room.connections) == 1)  # without those two
-            self.fill(1, start=3)
-            self.assertEqual(await one.contents(1), ["3"])
-            self.assertEqual(len(logs.records), 1)
-            below.write.assert_not_called()
+        one, broken, lost = await self.join(), await self.join(), await self.join()
+        with self.assertLogs(level=logging.WARNING) as logs:
+            self.other_end(broken).below.write.side_effect = ValueError("broken")
+            below = self.other_end(lost).below
+            below.reset_mock()
+            self.fill(2)
+            below.abort()
+            self.fill(1, start=2)
+            self.assertEqual(await one.contents(3), ["0", "1", "2"])
+            await until(lambda: len(self.room.connections) == 1)  # without those two
+        self.fill(1, start=3)
+        self.assertEqual(await one.contents(1), ["3"])
+        self.assertEqual(len(logs.records), 1)
+        below.write.assert_not_called()
 
     async def test_turns(self):
         """Of a flood one turn reads at most 4 KiB, or a few times that where asyncio speaks TLS."""
         flood = masked(b"", first=0x89) * 43_000  # pings
         for tls, most in (False, 4096), (True, 64 * 1024):
-            async with self.pair(tls) as (_, client):
-                end = self.other_end(client)
-                client.connection.transport.write(flood)
-                await until(lambda end=end: sum(end.reads) > len(flood))
-                client.connection.transport.abort()
+            _, client = await self.pair(tls)
+            end = self.other_end(client)
+            client.connection.transport.write(flood)
+            await until(lambda end=end: sum(end.reads) > len(flood))
+            client.connection.transport.abort()
             self.assertLessEqual(max(end.reads), most)
 
     async def test_limits(self):
         """The README's limits are those of the program, which keeps nothing of a handshake."""
-        async with self.client(after="x" * 4000):
+        async with Client(self.port, after="x" * 4000):
             (connection,) = self.room.connections
             unsent = connection.transport.get_write_buffer_limits()[1]
             ping, answer = connection.ping_interval, connection.ping_timeout
@@ -657,26 +656,26 @@ class Load(ServerCase):
         for soft, hard, asked, got, capacity in [*cases, (256, 90_000, 12_048, 256, 128)]:
             resource = mock.Mock(getrlimit=mock.Mock(side_effect=[(soft, hard), (got, hard)]))
             with mock.patch.object(chat, "resource", resource):
-                async with self.other_server():
-                    self.assertEqual(resource.setrlimit.call_args.args[1], (asked, hard))
-                    self.assertEqual(self.room.capacity, capacity)
+                await self.serve()
+            self.assertEqual(resource.setrlimit.call_args.args[1], (asked, hard))
+            self.assertEqual(self.room.capacity, capacity)
 
     async def test_slow_tab(self):
         """A tab that leaves 1 MiB unread is cut off, with one line in the log; nobody waits."""
-        async with self.client() as slow, self.client() as friend:
-            slow.connection.transport.pause_reading()
-            with self.assertLogs(level=logging.WARNING) as logs:
-                for number in range(10_000):
-                    if slow.name in self.room.names:
-                        self.fill(1, start=number, more="x" * 1990)
-                        self.assertEqual((await friend.frame("message"))["id"], f"{number}")
-            self.assertRegex("".join(logs.output), f"{slow.name} reads too slowly: .*unsent$")
-            self.assertNotIn(slow.name, self.room.names)
-            slow.connection.transport.abort()
+        slow, friend = await self.join(), await self.join()
+        slow.connection.transport.pause_reading()
+        with self.assertLogs(level=logging.WARNING) as logs:
+            for number in range(10_000):
+                if slow.name in self.room.names:
+                    self.fill(1, start=number, more="x" * 1990)
+                    self.assertEqual((await friend.frame("message"))["id"], f"{number}")
+        self.assertRegex("".join(logs.output), f"{slow.name} reads too slowly: .*unsent$")
+        self.assertNotIn(slow.name, self.room.names)
+        slow.connection.transport.abort()
 
     async def test_speed(self):
         """20 messages at once do not wait for each other; of more, 20 a second come, in order."""
-        async with self.client() as client:
+        async with Client(self.port) as client:
             for number in range(50):
                 await client.say(f"{number}")
             frames = [await client.frame("message") for _ in range(50)]
@@ -689,20 +688,20 @@ class Load(ServerCase):
 
     async def test_flood(self):
         """While one tab floods, others' messages come at once; when it goes, so does its flood."""
-        async with self.client() as flooder, self.client() as friend:
-            flooder.connection.transport.write(masked(b'{"content": "flood"}') * 10_000)
-            heard = await friend.contents(1)
-            for number in range(19):
-                await friend.say(f"{number}")
-                while f"{number}" not in heard:
-                    heard += await friend.contents(1)
-            heard.clear()
-            flooder.connection.transport.abort()
-            await until(lambda: flooder.name not in self.room.names)
-            await friend.say("over")
-            while "over" not in heard:
+        flooder, friend = await self.join(), await self.join()
+        flooder.connection.transport.write(masked(b'{"content": "flood"}') * 10_000)
+        heard = await friend.contents(1)
+        for number in range(19):
+            await friend.say(f"{number}")
+            while f"{number}" not in heard:
                 heard += await friend.contents(1)
-            self.assertLess(heard.count("flood"), 100)
+        heard.clear()
+        flooder.connection.transport.abort()
+        await until(lambda: flooder.name not in self.room.names)
+        await friend.say("over")
+        while "over" not in heard:
+            heard += await friend.contents(1)
+        self.assertLess(heard.count("flood"), 100)
 
 
 class ProgramCase(unittest.IsolatedAsyncioTestCase):
@@ -1309,14 +1308,18 @@ class BrowserCase(ServerCase):
         self.enterContext(mock.patch.object(chat, "PRESENCE_DELAY", 0.05))
         await super().asyncSetUp()
 
-    async def asyncTearDown(self):
-        self.server.close()
+    async def stop(self, server):
+        server.close()
         for transport in self.transports:
             transport.abort()  # browsers keep spare connections, on which nothing was asked yet
-        await super().asyncTearDown()
+        await super().stop(server)
 
     def tab(self, **options):
         return Tab(self.browser, f"http://127.0.0.1:{self.port}/", **options)
+
+    async def open(self, **options):
+        """Return a tab that stays until the test ends."""
+        return await self.enterAsyncContext(self.tab(**options))
 
     def hold(self):
         """Let messages wait before they are published, until the returned event is set."""
@@ -1423,53 +1426,53 @@ class Page(BrowserCase):
     async def test_waiting(self):
         """What is said waits below all that is delivered, and stands then where everyone has it."""
         let_through = self.hold()
-        async with self.tab() as tab:
-            await tab.type("one\ntwo\n")
-            self.fill(1)
-            await tab.shows(LOG, ["other 0", "own waiting one", "own waiting two"])
-            await until(lambda: len(tab.sent()) == 2)
-            self.room.deliver(message("two", "a", nonce=tab.sent()[1]["nonce"]))
-            await tab.shows(LOG, ["other 0", "own delivered two", "own waiting one"])
-            self.assertTrue(await tab.evaluate(says("[data-state=waiting]", "waiting")))
-            self.assertTrue(await tab.evaluate(says("[data-state=delivered]", "delivered")))
-            let_through.set()
-            await tab.shows(STATES, ["delivered", "delivered"])
+        tab = await self.open()
+        await tab.type("one\ntwo\n")
+        self.fill(1)
+        await tab.shows(LOG, ["other 0", "own waiting one", "own waiting two"])
+        await until(lambda: len(tab.sent()) == 2)
+        self.room.deliver(message("two", "a", nonce=tab.sent()[1]["nonce"]))
+        await tab.shows(LOG, ["other 0", "own delivered two", "own waiting one"])
+        self.assertTrue(await tab.evaluate(says("[data-state=waiting]", "waiting")))
+        self.assertTrue(await tab.evaluate(says("[data-state=delivered]", "delivered")))
+        let_through.set()
+        await tab.shows(STATES, ["delivered", "delivered"])
 
     async def test_in_flight(self):
         """At most 20 messages are under way at once; the rest waits for echoes."""
         let_through = self.hold()
-        async with self.tab() as tab:
-            said = [f"{number}" for number in range(25)]
-            await tab.type("\n".join([*said, ""]))
-            await tab.shows(STATES, ["waiting"] * 25)
-            self.assertEqual([frame["content"] for frame in tab.sent()], said[:20])
-            let_through.set()
-            await tab.shows(STATES, ["delivered"] * 25)
-            self.assertEqual(await tab.evaluate(TEXTS), said)
-            self.assertEqual([frame["content"] for frame in tab.sent()], said)
+        tab = await self.open()
+        said = [f"{number}" for number in range(25)]
+        await tab.type("\n".join([*said, ""]))
+        await tab.shows(STATES, ["waiting"] * 25)
+        self.assertEqual([frame["content"] for frame in tab.sent()], said[:20])
+        let_through.set()
+        await tab.shows(STATES, ["delivered"] * 25)
+        self.assertEqual(await tab.evaluate(TEXTS), said)
+        self.assertEqual([frame["content"] for frame in tab.sent()], said)
 
     async def test_stripping(self):
         """What the server would strip is stripped before, or it would never come back the same."""
-        async with self.tab() as tab:
-            await tab.type(" \u3000 \n\x1c\x85 hello \x1f\x85\n")
-            await tab.shows(STATES, ["delivered"])
-            self.assertEqual([frame["content"] for frame in tab.sent()], ["hello"])
+        tab = await self.open()
+        await tab.type(" \u3000 \n\x1c\x85 hello \x1f\x85\n")
+        await tab.shows(STATES, ["delivered"])
+        self.assertEqual([frame["content"] for frame in tab.sent()], ["hello"])
 
     async def test_refusal(self):
         """What cannot be said shows why and can be taken back; what is said next gets through."""
-        async with self.tab() as tab:
-            for size, own in (2_001, []), (40_000, ["delivered"]):
-                with self.subTest(size):
-                    await tab.type("x" * size + "\nmore")
-                    await tab.until(says("[data-state=refused]", "Send at most 2,000 characters"))
-                    self.assertFalse(await tab.evaluate(visible("[data-state=refused] button")))
-                    await tab.push("[data-state=refused] button + button")
-                    await tab.shows(STATES, own)
-                    text = await tab.evaluate(one("#draft", "value"))
-                    self.assertEqual(text, "x" * size + "\nmore")
-                    self.assertEqual(await tab.evaluate(FOCUS), "draft")
-                    await tab.evaluate(one("#draft", "select()"))
-                    await tab.say("next")
+        tab = await self.open()
+        for size, own in (2_001, []), (40_000, ["delivered"]):
+            with self.subTest(size):
+                await tab.type("x" * size + "\nmore")
+                await tab.until(says("[data-state=refused]", "Send at most 2,000 characters"))
+                self.assertFalse(await tab.evaluate(visible("[data-state=refused] button")))
+                await tab.push("[data-state=refused] button + button")
+                await tab.shows(STATES, own)
+                text = await tab.evaluate(one("#draft", "value"))
+                self.assertEqual(text, "x" * size + "\nmore")
+                self.assertEqual(await tab.evaluate(FOCUS), "draft")
+                await tab.evaluate(one("#draft", "select()"))
+                await tab.say("next")
 
     async def test_send_again(self):
         """A message that was refused for now can be sent again as it is."""
@@ -1504,42 +1507,42 @@ class Page(BrowserCase):
     async def test_nonces(self):
         """What is the same by nonce and content is shown once, other words are another's."""
         let_through = self.hold()
-        async with self.tab() as tab:
-            await tab.type("mine\n")
-            await until(tab.sent)
-            nonce = tab.sent()[0]["nonce"]
-            self.room.deliver(message("not mine", "a", nonce=nonce))
-            await tab.shows(LOG, ["other not mine", "own waiting mine"])
-            let_through.set()
-            await tab.shows(STATES, ["delivered"])
-            self.room.history.clear()
-            for content in "mine", "not mine", "nor this":
-                self.room.deliver(message(content, content, nonce=nonce))
-            await tab.shows(LOG, ["other not mine", "own delivered mine", "other nor this"])
+        tab = await self.open()
+        await tab.type("mine\n")
+        await until(tab.sent)
+        nonce = tab.sent()[0]["nonce"]
+        self.room.deliver(message("not mine", "a", nonce=nonce))
+        await tab.shows(LOG, ["other not mine", "own waiting mine"])
+        let_through.set()
+        await tab.shows(STATES, ["delivered"])
+        self.room.history.clear()
+        for content in "mine", "not mine", "nor this":
+            self.room.deliver(message(content, content, nonce=nonce))
+        await tab.shows(LOG, ["other not mine", "own delivered mine", "other nor this"])
 
     async def test_duplicated_tab(self):
         """Of what waits in a tab and its duplicate, all see one; later words are one's own."""
         let_through = self.hold()
-        async with self.tab() as tab:
-            await tab.type("both\n")
-            copy = await tab.evaluate("JSON.stringify(sessionStorage)")
-            before = f"if (!sessionStorage.chatWaiting) Object.assign(sessionStorage, {copy})"
-            async with self.tab(before=before) as twin:
-                let_through.set()
-                await tab.shows(LOG, ["own delivered both"])
-                await twin.shows(LOG, ["own delivered both"])
-                await tab.say("later")
-                await twin.shows(LOG, ["own delivered both", "other later"])
+        tab = await self.open()
+        await tab.type("both\n")
+        copy = await tab.evaluate("JSON.stringify(sessionStorage)")
+        before = f"if (!sessionStorage.chatWaiting) Object.assign(sessionStorage, {copy})"
+        async with self.tab(before=before) as twin:
+            let_through.set()
+            await tab.shows(LOG, ["own delivered both"])
+            await twin.shows(LOG, ["own delivered both"])
+            await tab.say("later")
+            await twin.shows(LOG, ["own delivered both", "other later"])
 
     async def test_bad_frames(self):
         """A frame that is unknown or cannot be drawn costs itself alone."""
         bad = {"type": "typing"}, ["no", "object"], 5, {"type": "presence", "content": 5}
-        async with self.tab() as tab:
-            self.fill(1)
-            for frame in *bad, *[message("bad", f"bad{n}", time="no time") for n in range(5)]:
-                chat.push(self.room.connections, frame)
-            self.fill(1, start=1)
-            await tab.shows(TEXTS, ["0", "1"])
+        tab = await self.open()
+        self.fill(1)
+        for frame in *bad, *[message("bad", f"bad{n}", time="no time") for n in range(5)]:
+            chat.push(self.room.connections, frame)
+        self.fill(1, start=1)
+        await tab.shows(TEXTS, ["0", "1"])
 
     async def test_frames_before_the_welcome(self):
         """What comes before the welcome counts for nothing: all of the history is shown."""
@@ -1557,26 +1560,26 @@ class Page(BrowserCase):
     async def test_status(self):
         """The status says how the connection is, and why; without one, the name looks like past."""
         past = "getComputedStyle(document.querySelector('#name').closest('p')).opacity < 1"
-        async with self.tab(before=UNHURRIED) as tab:
-            for button, capacity, end, state, words in (
-                ("#unplug", 9, None, "unplugged", "Hung up"),
-                ("#unplug", 9, None, "online", "Connected"),
-                ("h1", 0, self.cut_off, "reconnecting", "No connection"),
-                ("#now", 0, None, "reconnecting", "The room is full."),
-                ("#now", 9, None, "online", "Connected"),
-                ("h1", 9, self.server.close, "reconnecting", "The server was stopped"),
-            ):
-                with self.subTest(words):
-                    self.room.capacity = capacity
-                    await tab.push(button)
-                    if end:
-                        end()
-                    await tab.until(says("#status", words))
-                    self.assertEqual(await tab.evaluate(STATE), state)
-                    self.assertEqual(await tab.evaluate(past), state != "online")
-                    self.assertEqual(await tab.evaluate(visible("#now")), state == "reconnecting")
-                    label = says("#unplug", "Call again")
-                    self.assertEqual(await tab.evaluate(label), state == "unplugged")
+        tab = await self.open(before=UNHURRIED)
+        for button, capacity, end, state, words in (
+            ("#unplug", 9, None, "unplugged", "Hung up"),
+            ("#unplug", 9, None, "online", "Connected"),
+            ("h1", 0, self.cut_off, "reconnecting", "No connection"),
+            ("#now", 0, None, "reconnecting", "The room is full."),
+            ("#now", 9, None, "online", "Connected"),
+            ("h1", 9, self.server.close, "reconnecting", "The server was stopped"),
+        ):
+            with self.subTest(words):
+                self.room.capacity = capacity
+                await tab.push(button)
+                if end:
+                    end()
+                await tab.until(says("#status", words))
+                self.assertEqual(await tab.evaluate(STATE), state)
+                self.assertEqual(await tab.evaluate(past), state != "online")
+                self.assertEqual(await tab.evaluate(visible("#now")), state == "reconnecting")
+                label = says("#unplug", "Call again")
+                self.assertEqual(await tab.evaluate(label), state == "unplugged")
 
     async def test_deadlines(self):
         """No answer for 10 s, no frame for 45 s, or for 5 s when an echo is due, is an end."""
@@ -1613,15 +1616,15 @@ class Page(BrowserCase):
                 constructor(url) { super(url); sockets.push(this); }
             };"""
         late = json.dumps({"data": json.dumps(message("late", "late"))})
-        async with self.tab(before=keep) as tab:
-            await tab.push("#unplug")
-            await tab.push("#unplug")
-            await tab.until(ONLINE)
-            for event in f"MessageEvent('message', {late})", "CloseEvent('close', {code: 1006})":
-                await tab.evaluate(f"sockets[0].dispatchEvent(new {event})")
-            await tab.say("hello")
-            self.assertEqual(await tab.evaluate(TEXTS), ["hello"])
-            self.assertEqual(len(tab.attempts()), 2)
+        tab = await self.open(before=keep)
+        await tab.push("#unplug")
+        await tab.push("#unplug")
+        await tab.until(ONLINE)
+        for event in f"MessageEvent('message', {late})", "CloseEvent('close', {code: 1006})":
+            await tab.evaluate(f"sockets[0].dispatchEvent(new {event})")
+        await tab.say("hello")
+        self.assertEqual(await tab.evaluate(TEXTS), ["hello"])
+        self.assertEqual(len(tab.attempts()), 2)
 
     async def test_missed(self):
         """However a connection ends, what was missed is shown and what was typed goes out, once."""
@@ -1631,7 +1634,7 @@ class Page(BrowserCase):
             self.room.history.clear()
             button, state = way.split()
             with self.subTest(way):
-                async with self.tab(before=FAST) as tab, self.client() as friend:
+                async with self.tab(before=FAST) as tab, Client(self.port) as friend:
                     await tab.say("one")
                     await friend.say("two")
                     await tab.shows(LOG, ["own delivered one", "other two"])
@@ -1693,13 +1696,13 @@ class Page(BrowserCase):
     async def test_settled(self):
         """Once a connection has lasted for 10 s, the delays begin anew."""
         self.room.capacity = 0
-        async with self.tab(before=pace(20) + "Math.random = () => 0;", ready=OFFLINE) as tab:
-            await tab.until("asked.includes(8000)")
-            self.room.capacity = 9
-            await tab.until(ONLINE)
-            await tab.evaluate("latest[10000](), asked.length = 0")
-            self.cut_off()
-            await tab.until("asked.includes(500)")
+        tab = await self.open(before=pace(20) + "Math.random = () => 0;", ready=OFFLINE)
+        await tab.until("asked.includes(8000)")
+        self.room.capacity = 9
+        await tab.until(ONLINE)
+        await tab.evaluate("latest[10000](), asked.length = 0")
+        self.cut_off()
+        await tab.until("asked.includes(500)")
 
     async def test_at_once(self):
         """A button, a network that is back or coming to the front end the wait, and do no more."""
@@ -1734,26 +1737,26 @@ class Page(BrowserCase):
     async def test_reload(self):
         """After a reload all is as it was, and only what waits is sent, with its old nonce."""
         long = "x" * 40_000
-        async with self.tab() as tab, self.client() as other:
-            await other.say("theirs")
-            await tab.shows(LOG, ["other theirs"])
-            let_through = self.hold()
-            await tab.type(f"mine\n{long}\ndraft")
-            waiting = ["other theirs", "own waiting mine", f"own refused {long}"]
-            await tab.shows(LOG, waiting)
-            await tab.reload()
-            await tab.shows(LOG, waiting)
-            self.assertEqual(await tab.evaluate(one("#draft", "value")), "draft")
-            let_through.set()
-            delivered = ["other theirs", "own delivered mine", f"own refused {long}"]
-            await tab.shows(LOG, delivered)
-            await tab.reload()
-            await tab.shows(LOG, delivered)
-            self.room.history.clear()
-            await tab.reload()
-            await tab.shows(LOG, delivered[2:])
-            first, again = tab.sent()
-            self.assertEqual(again, first)
+        tab, other = await self.open(), await self.join()
+        await other.say("theirs")
+        await tab.shows(LOG, ["other theirs"])
+        let_through = self.hold()
+        await tab.type(f"mine\n{long}\ndraft")
+        waiting = ["other theirs", "own waiting mine", f"own refused {long}"]
+        await tab.shows(LOG, waiting)
+        await tab.reload()
+        await tab.shows(LOG, waiting)
+        self.assertEqual(await tab.evaluate(one("#draft", "value")), "draft")
+        let_through.set()
+        delivered = ["other theirs", "own delivered mine", f"own refused {long}"]
+        await tab.shows(LOG, delivered)
+        await tab.reload()
+        await tab.shows(LOG, delivered)
+        self.room.history.clear()
+        await tab.reload()
+        await tab.shows(LOG, delivered[2:])
+        first, again = tab.sent()
+        self.assertEqual(again, first)
 
     async def test_rubbish_in_storage(self):
         """Whatever was stored, the page works, and sends nothing that would not come back."""
@@ -1762,28 +1765,28 @@ class Page(BrowserCase):
         entries = [{"nonce": "", "content": "a"}, {"nonce": "x" * 65, "content": "b"}, good, good]
         entries += [{"nonce": nonce[::-1], "content": " padded "}, {"nonce": 1}, None, [[]]]
         entries += [{"nonce": [nonce], "content": "a list is not text"}]
-        async with self.tab() as tab:
-            for text in "x", "{}", "5", "null", '"text"', json.dumps(entries):
-                with self.subTest(text):
-                    stored = json.dumps(dict.fromkeys(["chatWaiting", "chatOwn"], text))
-                    await tab.evaluate(f"Object.assign(sessionStorage, {stored})")
-                    await tab.reload()
-                    self.assertEqual(tab.problems(), [])
-                    await tab.say("hello")
-            contents = [frame["content"] for frame in tab.sent()]
-            self.assertEqual(contents, ["hello"] * 5 + ["good", "hello"])
+        tab = await self.open()
+        for text in "x", "{}", "5", "null", '"text"', json.dumps(entries):
+            with self.subTest(text):
+                stored = json.dumps(dict.fromkeys(["chatWaiting", "chatOwn"], text))
+                await tab.evaluate(f"Object.assign(sessionStorage, {stored})")
+                await tab.reload()
+                self.assertEqual(tab.problems(), [])
+                await tab.say("hello")
+        contents = [frame["content"] for frame in tab.sent()]
+        self.assertEqual(contents, ["hello"] * 5 + ["good", "hello"])
 
     async def test_names_and_times(self):
         """Within a minute one name stands above what a person says, with its time and date."""
-        async with self.tab() as tab:
-            await tab.call("Emulation.setTimezoneOverride", timezoneId="Asia/Tokyo")
-            await tab.reload()
-            for name, time in ("A", "02:03"), ("A", "03:02"), ("A", "04:02"), ("B", "04:02"):
-                said = message("x", f"{name} {time}", f"2026-03-04T01:{time}.000+00:00")
-                self.room.deliver(said | {"username": name})
-            await tab.shows(look(".name", "e.checkVisibility()"), [True, False, True, True])
-            shown = await tab.evaluate(look("time", "e.textContent + ' ' + e.title"))
-            self.assertRegex(shown[0], "10:02.* March 4, 2026.*10:02:03")
+        tab = await self.open()
+        await tab.call("Emulation.setTimezoneOverride", timezoneId="Asia/Tokyo")
+        await tab.reload()
+        for name, at in ("A", "02:03"), ("A", "03:02"), ("A", "04:02"), ("B", "04:02"):
+            said = message("x", f"{name} {at}", f"2026-03-04T01:{at}.000+00:00")
+            self.room.deliver(said | {"username": name})
+        await tab.shows(look(".name", "e.checkVisibility()"), [True, False, True, True])
+        shown = await tab.evaluate(look("time", "e.textContent + ' ' + e.title"))
+        self.assertRegex(shown[0], "10:02.* March 4, 2026.*10:02:03")
 
     async def test_colours(self):
         """Each person has one colour, everywhere, in every tab; their neighbour has another."""
@@ -1804,97 +1807,97 @@ class Page(BrowserCase):
         """A text keeps to its bubble, whatever it is; own ones stand right, others' left."""
         style = "(s => [s.direction, s.unicodeBidi, s.overflowX])(getComputedStyle(e))"
         place = "(b => b.left + b.right)(e.getBoundingClientRect()) > innerWidth"
-        async with self.tab() as tab:
-            await tab.size(800, 600)  # without the wire
-            self.room.deliver(message("\n".join("x" * 1000), "a"))
-            self.room.deliver(message("a" + "\u0301" * 1999, "b"))
-            await tab.say("שלום!")
-            shown = await tab.evaluate(look(".text", f"[e.clientHeight, {place}, ...{style}]"))
-            (tall, *first), (piled, *second), (_, *third) = shown
-            self.assertLess(tall, 400)
-            self.assertLess(piled, 60)
-            self.assertEqual([first, second], [[False, "ltr", "isolate", "hidden"]] * 2)
-            self.assertEqual(third, [True, "rtl", "isolate", "hidden"])
-            self.assertEqual(await tab.evaluate(one(".text", "tabIndex")), 0)
+        tab = await self.open()
+        await tab.size(800, 600)  # without the wire
+        self.room.deliver(message("\n".join("x" * 1000), "a"))
+        self.room.deliver(message("a" + "\u0301" * 1999, "b"))
+        await tab.say("שלום!")
+        shown = await tab.evaluate(look(".text", f"[e.clientHeight, {place}, ...{style}]"))
+        (tall, *first), (piled, *second), (_, *third) = shown
+        self.assertLess(tall, 400)
+        self.assertLess(piled, 60)
+        self.assertEqual([first, second], [[False, "ltr", "isolate", "hidden"]] * 2)
+        self.assertEqual(third, [True, "rtl", "isolate", "hidden"])
+        self.assertEqual(await tab.evaluate(one(".text", "tabIndex")), 0)
 
     async def test_presence_lines(self):
         """However often people come and go, one quiet line tells the latest, and messages stay."""
-        async with self.tab() as tab:
-            await tab.until(f"{LINES}.length")
-            self.fill(1)
-            for number in range(5):
-                self.room.presence.tell(f"Port{number}", "left")
-                self.room.presence.push()
-            await tab.until(f"{LINES}.at(-1) === 'Port4 left.'")
-            self.assertEqual(await tab.evaluate(f"{LINES}.length"), 2)
-            self.assertEqual(await tab.evaluate(TEXTS), ["0"])
+        tab = await self.open()
+        await tab.until(f"{LINES}.length")
+        self.fill(1)
+        for number in range(5):
+            self.room.presence.tell(f"Port{number}", "left")
+            self.room.presence.push()
+        await tab.until(f"{LINES}.at(-1) === 'Port4 left.'")
+        self.assertEqual(await tab.evaluate(f"{LINES}.length"), 2)
+        self.assertEqual(await tab.evaluate(TEXTS), ["0"])
 
     async def test_following(self):
         """Who is at the bottom, or speaks, follows what comes; for others a pill counts it."""
         at_bottom = "(e => e.scrollHeight - e.scrollTop - e.clientHeight < 2)(log)"
         wheel = {"type": "mouseWheel", "x": 300, "y": 300, "deltaX": 0, "deltaY": -900}
-        async with self.tab() as tab:
-            self.fill(50)
-            await tab.until(f"{TEXTS}.length === 50 && {at_bottom}")
-            await tab.call("Input.dispatchMouseEvent", **wheel)
-            await tab.until(f"!{at_bottom}")
-            top = await tab.evaluate("log.scrollTop")
-            self.fill(3, start=50)
-            await tab.until(says("#pill", "3 new"))
-            self.assertEqual(await tab.evaluate("log.scrollTop"), top)
-            await tab.click("#pill")
-            await tab.until(f"{at_bottom} && !{visible('#pill')}")
-            self.fill(1, start=53)
-            await tab.until(f"{TEXTS}.length === 54 && {at_bottom}")
-            await tab.call("Input.dispatchMouseEvent", **wheel)
-            await tab.until(f"!{at_bottom}")
-            await tab.say("hello")
-            await tab.until(at_bottom)
+        tab = await self.open()
+        self.fill(50)
+        await tab.until(f"{TEXTS}.length === 50 && {at_bottom}")
+        await tab.call("Input.dispatchMouseEvent", **wheel)
+        await tab.until(f"!{at_bottom}")
+        top = await tab.evaluate("log.scrollTop")
+        self.fill(3, start=50)
+        await tab.until(says("#pill", "3 new"))
+        self.assertEqual(await tab.evaluate("log.scrollTop"), top)
+        await tab.click("#pill")
+        await tab.until(f"{at_bottom} && !{visible('#pill')}")
+        self.fill(1, start=53)
+        await tab.until(f"{TEXTS}.length === 54 && {at_bottom}")
+        await tab.call("Input.dispatchMouseEvent", **wheel)
+        await tab.until(f"!{at_bottom}")
+        await tab.say("hello")
+        await tab.until(at_bottom)
 
     async def test_unread(self):
         """While the tab is hidden its title counts what others say; once seen, this is gone."""
         let_through = self.hold()
-        async with self.tab() as tab:
-            await tab.type("mine\n")
-            await tab.hide(True)
-            let_through.set()
-            await tab.shows(STATES, ["delivered"])
-            self.fill(3)
-            await tab.shows("document.title", "(3) Chat")
-            await tab.shows(f"{TEXTS}.length", 4)
-            await tab.hide(False)
-            await tab.shows("document.title", "Chat")
+        tab = await self.open()
+        await tab.type("mine\n")
+        await tab.hide(True)
+        let_through.set()
+        await tab.shows(STATES, ["delivered"])
+        self.fill(3)
+        await tab.shows("document.title", "(3) Chat")
+        await tab.shows(f"{TEXTS}.length", 4)
+        await tab.hide(False)
+        await tab.shows("document.title", "Chat")
 
     async def test_alone(self):
         """Whoever is first is told so, and a button opens a second tab that inherits nothing."""
-        async with self.tab() as tab:
-            await tab.until(says("#alone", "first one here"))
-            self.assertTrue(await tab.evaluate(says("#alone", "--host 0.0.0.0")))
-            await tab.push("#second")
-            await tab.shows(visible("#alone"), False)
-            targets = (await tab.call("Target.getTargets"))["targetInfos"]
-            (second,) = [t for t in targets if t["url"] == tab.url and not t["attached"]]
-            self.assertFalse(second["canAccessOpener"])
-            await tab.say("hello")
-            await tab.call("Target.closeTarget", targetId=second["targetId"])
-            await tab.shows(one("#online", "textContent"), "1")
-            self.assertFalse(await tab.evaluate(visible("#alone")))
+        tab = await self.open()
+        await tab.until(says("#alone", "first one here"))
+        self.assertTrue(await tab.evaluate(says("#alone", "--host 0.0.0.0")))
+        await tab.push("#second")
+        await tab.shows(visible("#alone"), False)
+        targets = (await tab.call("Target.getTargets"))["targetInfos"]
+        (second,) = [t for t in targets if t["url"] == tab.url and not t["attached"]]
+        self.assertFalse(second["canAccessOpener"])
+        await tab.say("hello")
+        await tab.call("Target.closeTarget", targetId=second["targetId"])
+        await tab.shows(one("#online", "textContent"), "1")
+        self.assertFalse(await tab.evaluate(visible("#alone")))
 
     async def test_storm(self):
         """Of 600 messages 50 at most are drawn in a frame; typing keeps up, 500 stay."""
         watch = """new MutationObserver(records => {
                 most = Math.max(most, records.filter(record => record.addedNodes.length).length);
             }).observe(messages, {childList: true})"""
-        async with self.tab() as tab:
-            await tab.evaluate(f"window.most = 0; {watch}")
-            for start in 0, 300:
-                self.fill(300, start=start)
-                await tab.type("x")
-                await tab.until(f"{TEXTS}.includes('{start + 299}')")
-            self.assertEqual(await tab.evaluate(one("#draft", "value")), "xx")
-            await tab.shows("messages.childElementCount", 500)
-            self.assertEqual(await tab.evaluate(f"{TEXTS}.at(-1)"), "599")
-            self.assertLessEqual(await tab.evaluate("most"), 50)
+        tab = await self.open()
+        await tab.evaluate(f"window.most = 0; {watch}")
+        for start in 0, 300:
+            self.fill(300, start=start)
+            await tab.type("x")
+            await tab.until(f"{TEXTS}.includes('{start + 299}')")
+        self.assertEqual(await tab.evaluate(one("#draft", "value")), "xx")
+        await tab.shows("messages.childElementCount", 500)
+        self.assertEqual(await tab.evaluate(f"{TEXTS}.at(-1)"), "599")
+        self.assertLessEqual(await tab.evaluate("most"), 50)
 
     async def test_hidden_storm(self):
         """Of all that a hidden tab gets before it may draw, only what stays is drawn."""
@@ -1906,44 +1909,44 @@ class Page(BrowserCase):
             new MutationObserver(records => {
                 drawn += records.filter(record => record.addedNodes.length).length;
             }).observe(messages, {childList: true})"""
-        async with self.tab(before=hold) as tab:
-            await tab.until(f"{LINES}.length")
-            await tab.hide(True)
-            await tab.evaluate(watch)
-            self.fill(1500)
-            await tab.shows("document.title", "(1500) Chat")
-            await tab.evaluate("held.forEach(action => action())")
-            await tab.until(f"{TEXTS}.includes('1499')")
-            self.assertEqual(await tab.evaluate("drawn"), 500)
-            await tab.hide(False)  # as later tests want it
+        tab = await self.open(before=hold)
+        await tab.until(f"{LINES}.length")
+        await tab.hide(True)
+        await tab.evaluate(watch)
+        self.fill(1500)
+        await tab.shows("document.title", "(1500) Chat")
+        await tab.evaluate("held.forEach(action => action())")
+        await tab.until(f"{TEXTS}.includes('1499')")
+        self.assertEqual(await tab.evaluate("drawn"), 500)
+        await tab.hide(False)  # as later tests want it
 
     async def test_draft_grows(self):
         """Shift+Enter breaks the line, the draft grows to five lines, and Enter sends it all."""
         height = one("#draft", "clientHeight")
-        async with self.tab() as tab:
-            heights = []
-            for line in range(8):
-                heights.append(await tab.evaluate(height))
-                await tab.type(f"{line}")
-                await tab.press("Enter", modifiers=8)
-            self.assertEqual(heights[:5], sorted(set(heights[:5])))
-            self.assertEqual(heights[5:], [heights[5]] * 3)
-            await tab.say("end")
-            shown = await tab.evaluate(look("#messages .text", "e.innerText"))
-            self.assertEqual(shown, ["\n".join([*"01234567", "end"])])
-            self.assertEqual(await tab.evaluate(height), heights[0])
+        tab = await self.open()
+        heights = []
+        for line in range(8):
+            heights.append(await tab.evaluate(height))
+            await tab.type(f"{line}")
+            await tab.press("Enter", modifiers=8)
+        self.assertEqual(heights[:5], sorted(set(heights[:5])))
+        self.assertEqual(heights[5:], [heights[5]] * 3)
+        await tab.say("end")
+        shown = await tab.evaluate(look("#messages .text", "e.innerText"))
+        self.assertEqual(shown, ["\n".join([*"01234567", "end"])])
+        self.assertEqual(await tab.evaluate(height), heights[0])
 
     async def test_composition(self):
         """The Enter that ends an input method's composition does not send, nor does Safari's."""
-        async with self.tab() as tab:
-            ime = {"selectionStart": 2, "selectionEnd": 2}
-            await tab.call("Input.imeSetComposition", text="に", **ime)
-            await tab.press("Enter")
-            await tab.call("Input.insertText", text="日本")
-            await tab.press("Enter", windowsVirtualKeyCode=229)
-            self.assertEqual(await tab.evaluate(STATES), [])
-            await tab.say("")
-            self.assertEqual(await tab.evaluate(TEXTS), ["日本"])
+        tab = await self.open()
+        ime = {"selectionStart": 2, "selectionEnd": 2}
+        await tab.call("Input.imeSetComposition", text="に", **ime)
+        await tab.press("Enter")
+        await tab.call("Input.insertText", text="日本")
+        await tab.press("Enter", windowsVirtualKeyCode=229)
+        self.assertEqual(await tab.evaluate(STATES), [])
+        await tab.say("")
+        self.assertEqual(await tab.evaluate(TEXTS), ["日本"])
 
     async def test_counter(self):
         """Near 2,000 characters, as the server counts, a counter appears, red past them."""
@@ -1960,30 +1963,30 @@ class Page(BrowserCase):
 
     async def test_focus(self):
         """The draft has the focus first, after sending, and after a button that is hidden."""
-        async with self.tab() as tab:
-            await tab.until(visible("#alone"))
+        tab = await self.open()
+        await tab.until(visible("#alone"))
+        self.assertEqual(await tab.evaluate(FOCUS), "draft")
+        await tab.evaluate(one("#second", "focus()"))
+        async with Client(self.port):
+            await tab.shows(visible("#alone"), False)
             self.assertEqual(await tab.evaluate(FOCUS), "draft")
-            await tab.evaluate(one("#second", "focus()"))
-            async with self.client():
-                await tab.shows(visible("#alone"), False)
-                self.assertEqual(await tab.evaluate(FOCUS), "draft")
-            await tab.type("hello")
-            await tab.click("#send")
-            self.assertEqual(await tab.evaluate(FOCUS), "draft")
+        await tab.type("hello")
+        await tab.click("#send")
+        self.assertEqual(await tab.evaluate(FOCUS), "draft")
 
     async def test_keyboard(self):
         """The Tab key alone reaches everything that can be used, visibly."""
         buttons = {"second", "send", "unplug", "cut", "slow", "pause", "wire-toggle"}
-        async with self.tab() as tab:
-            await tab.until(visible("#alone"))
-            reached = set()
-            for _ in range(25):
-                await tab.press("Tab")
-                reached.add(await tab.evaluate(FOCUS))
-                outline = "getComputedStyle(document.activeElement).outlineStyle"
-                if await tab.evaluate("document.activeElement !== document.body"):
-                    self.assertEqual(await tab.evaluate(outline), "solid")
-            self.assertLessEqual({"log", "draft", *buttons}, reached)
+        tab = await self.open()
+        await tab.until(visible("#alone"))
+        reached = set()
+        for _ in range(25):
+            await tab.press("Tab")
+            reached.add(await tab.evaluate(FOCUS))
+            outline = "getComputedStyle(document.activeElement).outlineStyle"
+            if await tab.evaluate("document.activeElement !== document.body"):
+                self.assertEqual(await tab.evaluate(outline), "solid")
+        self.assertLessEqual({"log", "draft", *buttons}, reached)
 
     async def test_spoken_once(self):
         """Those who listen to the page hear each message once, but not all of a storm."""
@@ -1992,43 +1995,43 @@ class Page(BrowserCase):
                 const added = records.flatMap(record => [...record.addedNodes]);
                 told.push(...added.map(node => node.textContent));
             }).observe(document.querySelector("[aria-live=polite]"), {childList: true})"""
-        async with self.tab() as tab:
-            await tab.evaluate(listen)
-            await tab.say("mine")
-            self.fill(1)
-            said = "told.filter(text => !text.includes('joined'))"
-            await tab.shows(said, ["You: mine", "Port1: 0"])
-            self.assertEqual(await tab.evaluate(one("#log", "ariaLive")), "off")
-            self.fill(200, start=1)
-            await tab.shows(f"{TEXTS}.length", 202)
-            self.assertLess(await tab.evaluate("told.length"), 100)
+        tab = await self.open()
+        await tab.evaluate(listen)
+        await tab.say("mine")
+        self.fill(1)
+        said = "told.filter(text => !text.includes('joined'))"
+        await tab.shows(said, ["You: mine", "Port1: 0"])
+        self.assertEqual(await tab.evaluate(one("#log", "ariaLive")), "off")
+        self.fill(200, start=1)
+        await tab.shows(f"{TEXTS}.length", 202)
+        self.assertLess(await tab.evaluate("told.length"), 100)
 
     async def test_layout(self):
         """Neither the page scrolls nor its log sideways, and fingers can hit all buttons."""
         size = "(b => Math.min(b.width, b.height))(e.getBoundingClientRect())"
         sizes = look("button, #draft", f"e.checkVisibility() ? {size} : 99")
         self.fill(50)
-        async with self.tab() as tab:
-            await tab.say("x" * 300)
-            for width, height in (1280, 800), (320, 568):
-                await tab.size(width, height)
-                fits = "[e.scrollWidth <= e.clientWidth, e.scrollHeight <= e.clientHeight]"
-                self.assertEqual(await tab.evaluate(look("html", fits)), [[True, True]])
-                self.assertEqual(await tab.evaluate(look("#log", fits)), [[True, False]])
-                mine = look("[data-kind=own] .text", fits)
-                self.assertEqual(await tab.evaluate(mine), [[True, True]])
-            self.assertGreaterEqual(await tab.evaluate(f"Math.min(...{sizes})"), 44)
+        tab = await self.open()
+        await tab.say("x" * 300)
+        for width, height in (1280, 800), (320, 568):
+            await tab.size(width, height)
+            fits = "[e.scrollWidth <= e.clientWidth, e.scrollHeight <= e.clientHeight]"
+            self.assertEqual(await tab.evaluate(look("html", fits)), [[True, True]])
+            self.assertEqual(await tab.evaluate(look("#log", fits)), [[True, False]])
+            mine = look("[data-kind=own] .text", fits)
+            self.assertEqual(await tab.evaluate(mine), [[True, True]])
+        self.assertGreaterEqual(await tab.evaluate(f"Math.min(...{sizes})"), 44)
 
     async def test_reduced_motion(self):
         """Where the system asks for reduced motion, nothing moves, in the log or on the wire."""
         reduce = [{"name": "prefers-reduced-motion", "value": "reduce"}]
         count = "window.moved = 0; addEventListener('animationstart', () => moved++, true)"
-        async with self.tab() as tab:
-            await tab.call("Emulation.setEmulatedMedia", features=reduce)
-            await tab.evaluate(count)
-            await tab.say("hello")
-            await tab.until(says("#wire", "hello"))
-            self.assertEqual(await tab.evaluate("document.getAnimations().length + moved"), 0)
+        tab = await self.open()
+        await tab.call("Emulation.setEmulatedMedia", features=reduce)
+        await tab.evaluate(count)
+        await tab.say("hello")
+        await tab.until(says("#wire", "hello"))
+        self.assertEqual(await tab.evaluate("document.getAnimations().length + moved"), 0)
 
 
 ROWS = look("#wire li", "e.dataset.kind")
@@ -2055,86 +2058,84 @@ class Wire(BrowserCase):
         what this tab saw and dashed for what follows from it; its words say what passes.
         """
         self.fill(1)
-        async with self.client() as one, self.client(), self.tab(before=UNHURRIED) as tab:
+        one, _, tab = await self.join(), await self.join(), await self.open(before=UNHURRIED)
 
-            async def expect(**rows):
-                for kind, row in zip(rows, await self.rows(tab, *rows), strict=True):
-                    with self.subTest(kind):
-                        self.assertRegex(row, rows[kind])
+        async def expect(**rows):
+            for kind, row in zip(rows, await self.rows(tab, *rows), strict=True):
+                with self.subTest(kind):
+                    self.assertRegex(row, rows[kind])
 
-            opening = {
-                "request": "^near → dashed, This tab: GET /ws",
-                "response": "^near ← dashed, The server: 101.* [0-9]+ ms",
-            }
-            await expect(**opening, welcome="^near ← solid, The server: welcome.* 1 remembered")
-            await tab.say("hello")
-            size = len(tab.payloads("Sent")[0])
-            send = f"^near → solid, This tab: message.* {size} bytes.* “hello”"
-            echo = "^near ← solid, far → dashed, .* your own, after [0-9]+ ms.* to 2 other tabs"
-            await expect(send=send, echo=echo)
-            await one.say("hi")
-            heard = f"{one.name} spoke.* “hi”.* to 2 other tabs, the sender included"
-            await expect(message=f"^near ← solid, far ← dashed, far → dashed, .* {heard}")
-            await tab.type("x" * 2001 + "\n")
-            await expect(send="^near → solid", error="^near ← solid, The server: error")
-            chat.push(self.room.connections, {"type": "typing"})
-            await expect(unknown="^near ← solid, The server: typing")
+        opening = {
+            "request": "^near → dashed, This tab: GET /ws",
+            "response": "^near ← dashed, The server: 101.* [0-9]+ ms",
+        }
+        await expect(**opening, welcome="^near ← solid, The server: welcome.* 1 remembered")
+        await tab.say("hello")
+        size = len(tab.payloads("Sent")[0])
+        send = f"^near → solid, This tab: message.* {size} bytes.* “hello”"
+        echo = "^near ← solid, far → dashed, .* your own, after [0-9]+ ms.* to 2 other tabs"
+        await expect(send=send, echo=echo)
+        await one.say("hi")
+        heard = f"{one.name} spoke.* “hi”.* to 2 other tabs, the sender included"
+        await expect(message=f"^near ← solid, far ← dashed, far → dashed, .* {heard}")
+        await tab.type("x" * 2001 + "\n")
+        await expect(send="^near → solid", error="^near ← solid, The server: error")
+        chat.push(self.room.connections, {"type": "typing"})
+        await expect(unknown="^near ← solid, The server: typing")
+        await tab.push("#unplug")
+        await expect(close="^near → solid, This tab: close 1000 normal closure")
+        await until(lambda: len(self.room.connections) == 2)
+        self.fill(2, start=1)
+        await tab.push("#unplug")
+        opening["request"] += r"\?after="
+        await expect(**opening, welcome=" 2 missed")
+        with mock.patch.object(self.room, "publish", mock.AsyncMock()):  # it is lost
+            await tab.type("unheard\n")
+            await expect(send="“unheard”")
             await tab.push("#unplug")
-            await expect(close="^near → solid, This tab: close 1000 normal closure")
             await until(lambda: len(self.room.connections) == 2)
-            self.fill(2, start=1)
-            await tab.push("#unplug")
-            opening["request"] += r"\?after="
-            await expect(**opening, welcome=" 2 missed")
-            with mock.patch.object(self.room, "publish", mock.AsyncMock()):  # it is lost
-                await tab.type("unheard\n")
-                await expect(send="“unheard”")
-                await tab.push("#unplug")
-                await until(lambda: len(self.room.connections) == 2)
-            await tab.push("#unplug")
-            await expect(
-                welcome=" 0 missed", resend="^near → solid, .*again.* “unheard”", echo=echo
-            )
-            frames_up = look("#frames-up", "e.innerText")
-            sent = [tab.sent(), await tab.evaluate(frames_up)]
-            await tab.push("#cut")
-            await tab.until(says("#cut", "Mend the line"))
-            await tab.type("unsaid\n")
-            await one.say("unheard")
-            for words in "This tab: .*“unsaid”", "The server: .*“unheard”":
-                lost = look("#wire [data-kind=lost]", f"/^near ✕ solid, {words}/.test({ROW})")
-                await tab.until(f"{lost}.includes(true)")
-            self.assertEqual([tab.sent(), await tab.evaluate(frames_up)], sent)
-            self.assertEqual(await tab.evaluate(STATE), "online")
-            self.room.capacity = 0
-            await tab.push("#cut")
-            await expect(close="no answer.* 1006", wait=r"30.5 s to reconnect")
-            await tab.push("#now")
-            full = "^near ← solid, The server: close 1013.* The room is full"
-            await expect(**opening, close=full, wait="[0-9.]+ s to reconnect")
-            self.server.close()
-            await tab.push("#now")
-            await expect(request=opening["request"], close="no answer.* 1006", wait="[0-9.]+ s")
-            self.room.capacity = 9
-            self.server = await chat.start(self.room, "127.0.0.1", self.port)
-            await tab.push("#now")
-            await expect(**opening, welcome=" missed", resend="“unsaid”", echo="your own, after")
-            self.server.close()
-            await expect(close="^near ← solid, The server: close 1001 going away", wait="[0-9.]+ s")
+        await tab.push("#unplug")
+        await expect(welcome=" 0 missed", resend="^near → solid, .*again.* “unheard”", echo=echo)
+        frames_up = look("#frames-up", "e.innerText")
+        sent = [tab.sent(), await tab.evaluate(frames_up)]
+        await tab.push("#cut")
+        await tab.until(says("#cut", "Mend the line"))
+        await tab.type("unsaid\n")
+        await one.say("unheard")
+        for words in "This tab: .*“unsaid”", "The server: .*“unheard”":
+            lost = look("#wire [data-kind=lost]", f"/^near ✕ solid, {words}/.test({ROW})")
+            await tab.until(f"{lost}.includes(true)")
+        self.assertEqual([tab.sent(), await tab.evaluate(frames_up)], sent)
+        self.assertEqual(await tab.evaluate(STATE), "online")
+        self.room.capacity = 0
+        await tab.push("#cut")
+        await expect(close="no answer.* 1006", wait=r"30.5 s to reconnect")
+        await tab.push("#now")
+        full = "^near ← solid, The server: close 1013.* The room is full"
+        await expect(**opening, close=full, wait="[0-9.]+ s to reconnect")
+        self.server.close()
+        await tab.push("#now")
+        await expect(request=opening["request"], close="no answer.* 1006", wait="[0-9.]+ s")
+        self.room.capacity = 9
+        self.server = await chat.start(self.room, "127.0.0.1", self.port)
+        await tab.push("#now")
+        await expect(**opening, welcome=" missed", resend="“unsaid”", echo="your own, after")
+        self.server.close()
+        await expect(close="^near ← solid, The server: close 1001 going away", wait="[0-9.]+ s")
 
     async def test_presence(self):
         """Presence is pushed to everyone, and a heartbeat is a row, but no line in the log."""
         rows = look("#wire [data-kind=presence]", ROW)
-        async with self.tab() as tab:
-            await tab.shows(f"{rows}.length", 1)
-            async with self.client():
-                await tab.shows(f"{rows}.length", 2)
-                row = "^near ← solid, far → dashed, The server: .* 2 online.* to 1 other tab,"
-                self.assertRegex((await tab.evaluate(rows))[1], row)
-                lines = await tab.evaluate(LINES)
-                self.room.presence.push()
-                await tab.shows(f"{rows}.length", 3)
-                self.assertEqual(await tab.evaluate(LINES), lines)
+        tab = await self.open()
+        await tab.shows(f"{rows}.length", 1)
+        async with Client(self.port):
+            await tab.shows(f"{rows}.length", 2)
+            row = "^near ← solid, far → dashed, The server: .* 2 online.* to 1 other tab,"
+            self.assertRegex((await tab.evaluate(rows))[1], row)
+            lines = await tab.evaluate(LINES)
+            self.room.presence.push()
+            await tab.shows(f"{rows}.length", 3)
+            self.assertEqual(await tab.evaluate(LINES), lines)
 
     async def test_push_and_answer(self):
         """What nobody here asked for has a box, in the colour of who speaks, and the first message
@@ -2145,90 +2146,90 @@ class Wire(BrowserCase):
         first = "getComputedStyle(e.querySelector('.leg'), '::before')"
         caption = "getComputedStyle(e, '::after').content"
         what = f"[e.dataset.kind, [...{style}, ...{line}({first})]]"
-        async with self.client() as other, self.tab() as tab:
-            await tab.until(f"{ROWS}.includes('presence')")
-            await tab.say("hello")
-            await other.say("hello")
-            await self.rows(tab, "echo", "message")
-            rows = dict(await tab.evaluate(look("#wire li", what)))
-            names = await tab.evaluate(look("#messages .name", "getComputedStyle(e).color"))
-            self.assertEqual(rows["message"], ["solid", "rgba(0, 0, 0, 0)", "2px", names[1]])
-            self.assertEqual(rows["presence"][:3], rows["message"][:3])
-            outline, filling, *thick = rows["echo"]
-            self.assertEqual([outline, *thick], ["none", "4px", names[0]])
-            self.assertNotEqual(filling, "rgba(0, 0, 0, 0)")
-            captions = await tab.evaluate(look("#wire li", caption))
-            captions = [text != "none" for text in captions]
-            kinds = await tab.evaluate(ROWS)
-            self.assertEqual(captions, [kind == "message" for kind in kinds])
+        other, tab = await self.join(), await self.open()
+        await tab.until(f"{ROWS}.includes('presence')")
+        await tab.say("hello")
+        await other.say("hello")
+        await self.rows(tab, "echo", "message")
+        rows = dict(await tab.evaluate(look("#wire li", what)))
+        names = await tab.evaluate(look("#messages .name", "getComputedStyle(e).color"))
+        self.assertEqual(rows["message"], ["solid", "rgba(0, 0, 0, 0)", "2px", names[1]])
+        self.assertEqual(rows["presence"][:3], rows["message"][:3])
+        outline, filling, *thick = rows["echo"]
+        self.assertEqual([outline, *thick], ["none", "4px", names[0]])
+        self.assertNotEqual(filling, "rgba(0, 0, 0, 0)")
+        captions = await tab.evaluate(look("#wire li", caption))
+        captions = [text != "none" for text in captions]
+        kinds = await tab.evaluate(ROWS)
+        self.assertEqual(captions, [kind == "message" for kind in kinds])
 
     async def test_counters(self):
         """Frames and bytes, up and down, and their ratio are what really passed."""
         digits = "Number(e.innerText.replace(/[^0-9]/g, ''))"
         counts = look("#frames-up, #bytes-up, #frames-down, #bytes-down", digits)
-        async with self.tab() as tab, self.client() as other:
-            await tab.type("żółć 👋\nhello\n" + "x" * 2001 + "\n")
-            await other.say("hi")
-            await tab.until(f"{TEXTS}.includes('hi')")
-            await tab.until(says("#wire", "2 online"))
-            passed = []
-            for way in "Sent", "Received":
-                payloads = tab.payloads(way)
-                passed += [len(payloads), sum(len(payload.encode()) for payload in payloads)]
-            await tab.shows(counts, passed)
-            ratio = f"{passed[2] / passed[0]:.1f} for each sent"
-            self.assertTrue(await tab.evaluate(says("#panel", ratio)))
+        tab, other = await self.open(), await self.join()
+        await tab.type("żółć 👋\nhello\n" + "x" * 2001 + "\n")
+        await other.say("hi")
+        await tab.until(f"{TEXTS}.includes('hi')")
+        await tab.until(says("#wire", "2 online"))
+        passed = []
+        for way in "Sent", "Received":
+            payloads = tab.payloads(way)
+            passed += [len(payloads), sum(len(payload.encode()) for payload in payloads)]
+        await tab.shows(counts, passed)
+        ratio = f"{passed[2] / passed[0]:.1f} for each sent"
+        self.assertTrue(await tab.evaluate(says("#panel", ratio)))
 
     async def test_open_row(self):
         """A row opens on a click or Enter, shows its frame field by field, and stays in view."""
-        async with self.tab() as tab:
-            await tab.size(1280, 600)
-            await tab.say("hello")
-            await self.rows(tab, "send", "echo")
-            await tab.click("[data-kind=send] summary")
-            await tab.until(says("[data-kind=send] pre", '"hello"'))
-            await tab.evaluate(one("[data-kind=echo] summary", "focus()"))
-            await tab.press("Enter")
-            await tab.until(says("[data-kind=echo] pre", '"hello"'))
-            (data,) = (text for text in tab.payloads("Received") if '"message"' in text)
-            text = await tab.evaluate(one("[data-kind=echo] pre", "innerText"))
-            self.assertTrue(text.startswith(data))
-            self.assertIn(f"{len(data.encode())} bytes on the wire", text)
-            for key, value in json.loads(data).items():
-                self.assertRegex(text, f"{json.dumps(key)}: {re.escape(json.dumps(value))}  [a-z]")
-            place = one("[data-kind=echo]", "getBoundingClientRect().top")
-            before = await tab.evaluate(place)
-            self.fill(8)
-            await self.rows(tab, *["message"] * 8)
-            self.assertEqual(await tab.evaluate(place), before)
+        tab = await self.open()
+        await tab.size(1280, 600)
+        await tab.say("hello")
+        await self.rows(tab, "send", "echo")
+        await tab.click("[data-kind=send] summary")
+        await tab.until(says("[data-kind=send] pre", '"hello"'))
+        await tab.evaluate(one("[data-kind=echo] summary", "focus()"))
+        await tab.press("Enter")
+        await tab.until(says("[data-kind=echo] pre", '"hello"'))
+        (data,) = (text for text in tab.payloads("Received") if '"message"' in text)
+        text = await tab.evaluate(one("[data-kind=echo] pre", "innerText"))
+        self.assertTrue(text.startswith(data))
+        self.assertIn(f"{len(data.encode())} bytes on the wire", text)
+        for key, value in json.loads(data).items():
+            self.assertRegex(text, f"{json.dumps(key)}: {re.escape(json.dumps(value))}  [a-z]")
+        place = one("[data-kind=echo]", "getBoundingClientRect().top")
+        before = await tab.evaluate(place)
+        self.fill(8)
+        await self.rows(tab, *["message"] * 8)
+        self.assertEqual(await tab.evaluate(place), before)
 
     async def test_pause(self):
         """A pause holds the drawing alone; what is drawn then says for how many it stands."""
-        async with self.tab() as tab:
-            await tab.until(f"{ROWS}.includes('presence')")  # the last that is due
-            for ports, words in ([7] * 20, "Port7 spoke"), (range(20), "10 people spoke"):
-                await tab.push("#pause")
-                before = await tab.evaluate(f"{ROWS}.length")
-                for number, port in enumerate(ports):
-                    said = message(words, f"{words} {number}") | {"username": f"Port{port}"}
-                    self.room.deliver(said)
-                await tab.until(f"{TEXTS}.filter(text => text === '{words}').length === 20")
-                self.assertEqual(await tab.evaluate(f"{ROWS}.length"), before)
-                await tab.push("#pause")
-                await tab.until(says("#wire", words))
-                await tab.until(says("#wire", "10 × message"))
+        tab = await self.open()
+        await tab.until(f"{ROWS}.includes('presence')")  # the last that is due
+        for ports, words in ([7] * 20, "Port7 spoke"), (range(20), "10 people spoke"):
+            await tab.push("#pause")
+            before = await tab.evaluate(f"{ROWS}.length")
+            for number, port in enumerate(ports):
+                said = message(words, f"{words} {number}") | {"username": f"Port{port}"}
+                self.room.deliver(said)
+            await tab.until(f"{TEXTS}.filter(text => text === '{words}').length === 20")
+            self.assertEqual(await tab.evaluate(f"{ROWS}.length"), before)
+            await tab.push("#pause")
+            await tab.until(says("#wire", words))
+            await tab.until(says("#wire", "10 × message"))
 
     async def test_pause_of_a_talk(self):
         """What people say while the drawing pauses is not folded, however much it is."""
-        async with self.tab(before=LATER) as tab:
-            await tab.until(f"{ROWS}.includes('presence')")
-            await tab.push("#pause")
-            for number in range(15):
-                self.fill(1, start=number)
-                await tab.shows(f"{TEXTS}.length", number + 1)
-                await tab.evaluate("window.later = (window.later ?? 0) + 150")
-            await tab.push("#pause")
-            await self.rows(tab, *["message"] * 15)
+        tab = await self.open(before=LATER)
+        await tab.until(f"{ROWS}.includes('presence')")
+        await tab.push("#pause")
+        for number in range(15):
+            self.fill(1, start=number)
+            await tab.shows(f"{TEXTS}.length", number + 1)
+            await tab.evaluate("window.later = (window.later ?? 0) + 150")
+        await tab.push("#pause")
+        await self.rows(tab, *["message"] * 15)
 
     async def test_slow(self):
         """Slowly, one event is drawn every 700 ms, its arrow at the speed of speech; the
@@ -2237,142 +2238,140 @@ class Wire(BrowserCase):
         pace = look(
             "#wire li:last-child .down", "getComputedStyle(e, '::before').animationDuration"
         )
-        async with self.tab(before=FAST) as tab:
-            await tab.until(f"{ROWS}.includes('presence')")
-            self.assertEqual(await tab.evaluate(pace), ["0.25s"])
-            await tab.push("#slow")
-            self.assertEqual(await tab.evaluate(pace), ["0.6s"])
-            await tab.evaluate("asked.length = 0")
-            self.fill(3)
-            await tab.shows(f"{TEXTS}.length", 3)
-            await self.rows(tab, "message", "message", "message")
-            self.assertEqual(await tab.evaluate("asked.filter(ms => ms === 700).length"), 3)
-            self.fill(1, start=3)
-            await tab.shows(f"{TEXTS}.length", 4)
-            await tab.push("#pause")  # before the next row is due, which it holds as well
-            await tab.evaluate("new Promise(done => setTimeout(done, 700))")
-            self.assertEqual(await tab.evaluate(f"{ROWS}.filter(k => k === 'message').length"), 3)
+        tab = await self.open(before=FAST)
+        await tab.until(f"{ROWS}.includes('presence')")
+        self.assertEqual(await tab.evaluate(pace), ["0.25s"])
+        await tab.push("#slow")
+        self.assertEqual(await tab.evaluate(pace), ["0.6s"])
+        await tab.evaluate("asked.length = 0")
+        self.fill(3)
+        await tab.shows(f"{TEXTS}.length", 3)
+        await self.rows(tab, "message", "message", "message")
+        self.assertEqual(await tab.evaluate("asked.filter(ms => ms === 700).length"), 3)
+        self.fill(1, start=3)
+        await tab.shows(f"{TEXTS}.length", 4)
+        await tab.push("#pause")  # before the next row is due, which it holds as well
+        await tab.evaluate("new Promise(done => setTimeout(done, 700))")
+        self.assertEqual(await tab.evaluate(f"{ROWS}.filter(k => k === 'message').length"), 3)
 
     async def test_when(self):
         """Each row has the time since the one before, in ms or in seconds."""
         when = look("#wire li:last-child .when", "e.textContent")
-        async with self.tab(before=LATER) as tab:
-            await tab.until(f"{ROWS}.includes('presence')")
-            for later, pattern in (2_300, r"^\+2\.[0-9] s$"), (2_300, r"^\+[0-9]+ ms$"):
-                await tab.evaluate(f"window.later = {later}")
-                before = len(self.room.history)
-                self.fill(1, start=before)
-                await self.rows(tab, *["message"] * (before + 1))
-                self.assertRegex((await tab.evaluate(when))[0], pattern)
+        tab = await self.open(before=LATER)
+        await tab.until(f"{ROWS}.includes('presence')")
+        for later, pattern in (2_300, r"^\+2\.[0-9] s$"), (2_300, r"^\+[0-9]+ ms$"):
+            await tab.evaluate(f"window.later = {later}")
+            before = len(self.room.history)
+            self.fill(1, start=before)
+            await self.rows(tab, *["message"] * (before + 1))
+            self.assertRegex((await tab.evaluate(when))[0], pattern)
 
     async def test_lit(self):
         """Pointing at a message lights its rows on the wire, and a row its message."""
         point = "dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))"
         lit = ["own", "send", "echo"]
-        async with self.tab() as tab:
-            await tab.say("hello")
-            await self.rows(tab, "send", "echo")
-            for start, kinds in ("#messages .text", lit), ("h1", []), ("[data-kind=echo] b", lit):
-                await tab.evaluate(one(start, point))
-                self.assertEqual(await tab.evaluate(look(".lit", "e.dataset.kind")), kinds)
+        tab = await self.open()
+        await tab.say("hello")
+        await self.rows(tab, "send", "echo")
+        for start, kinds in ("#messages .text", lit), ("h1", []), ("[data-kind=echo] b", lit):
+            await tab.evaluate(one(start, point))
+            self.assertEqual(await tab.evaluate(look(".lit", "e.dataset.kind")), kinds)
 
     async def test_polling(self):
         """What asking once a second would have cost is told from the page's own load."""
         load = "(([e]) => e.transferSize - e.encodedBodySize)"
         shown = one("#polling", "innerText")
-        async with self.tab(before=LATER) as tab:
-            await tab.until(f"{ROWS}.includes('presence')")
-            self.assertEqual(await tab.evaluate(shown), "")  # it would mislead in the first seconds
-            await tab.evaluate("window.later = 60_000")
-            await tab.until(shown)
-            pattern = "once a second .* 6[0-9] requests .*[0-9]+ kB.* 1 request and 2 frames"
-            self.assertRegex(await tab.evaluate(shown), pattern)
-            await tab.push("[data-kind=request] summary")
-            size = await tab.evaluate(f"{load}(performance.getEntriesByType('navigation'))")
-            await tab.until(says("[data-kind=request] pre", f"{size} bytes"))
+        tab = await self.open(before=LATER)
+        await tab.until(f"{ROWS}.includes('presence')")
+        self.assertEqual(await tab.evaluate(shown), "")  # it would mislead in the first seconds
+        await tab.evaluate("window.later = 60_000")
+        await tab.until(shown)
+        pattern = "once a second .* 6[0-9] requests .*[0-9]+ kB.* 1 request and 2 frames"
+        self.assertRegex(await tab.evaluate(shown), pattern)
+        await tab.push("[data-kind=request] summary")
+        size = await tab.evaluate(f"{load}(performance.getEntriesByType('navigation'))")
+        await tab.until(says("[data-kind=request] pre", f"{size} bytes"))
 
     async def test_guide(self):
         """One line says what to try next that has not happened yet, and can be put away."""
-        async with self.tab() as tab, contextlib.AsyncExitStack() as later:
-            await tab.until(says("#guide", "second window"))
-            other = await later.enter_async_context(self.client())
-            await tab.until(says("#guide", "Say something"))
-            await other.say("hello")  # which comes later in the list
-            await self.rows(tab, "message")
-            await tab.until(says("#guide", "Say something"))
-            await tab.say("hello")
-            await tab.until(says("#guide", "Cut the line"))
-            await tab.push("#guide button")
-            await tab.reload()
-            self.assertFalse(await tab.evaluate(visible("#guide")))
+        tab = await self.open()
+        await tab.until(says("#guide", "second window"))
+        other = await self.join()
+        await tab.until(says("#guide", "Say something"))
+        await other.say("hello")  # which comes later in the list
+        await self.rows(tab, "message")
+        await tab.until(says("#guide", "Say something"))
+        await tab.say("hello")
+        await tab.until(says("#guide", "Cut the line"))
+        await tab.push("#guide button")
+        await tab.reload()
+        self.assertFalse(await tab.evaluate(visible("#guide")))
 
     async def test_lanes(self):
         """The heads of the lanes stand over their lanes at every width."""
         middle = "(b => b.x + b.width / 2)(e.getBoundingClientRect())"
         ends = "(b => [b.left, b.right])(e.getBoundingClientRect())"
-        async with self.tab() as tab:
-            await self.rows(tab, "welcome")
-            for _ in range(2):
-                await tab.push("#wire-toggle")  # so that it stays open where it is narrow
-            for width in 360, 700, 1280, 1920:
-                await tab.size(width, 800)
-                heads = await tab.evaluate(look("#lanes span", middle))
-                ((left, right),) = await tab.evaluate(look("[data-kind=welcome] .leg", ends))
-                self.assertAlmostEqual(heads[0], left, delta=2)
-                self.assertAlmostEqual(heads[1], right, delta=2)
+        tab = await self.open()
+        await self.rows(tab, "welcome")
+        for _ in range(2):
+            await tab.push("#wire-toggle")  # so that it stays open where it is narrow
+        for width in 360, 700, 1280, 1920:
+            await tab.size(width, 800)
+            heads = await tab.evaluate(look("#lanes span", middle))
+            ((left, right),) = await tab.evaluate(look("[data-kind=welcome] .leg", ends))
+            self.assertAlmostEqual(heads[0], left, delta=2)
+            self.assertAlmostEqual(heads[1], right, delta=2)
 
     async def test_wall(self):
         """The panel and its text grow with the window, so that they can be read on a wall."""
         wide = "e.getBoundingClientRect().width"
         shown = look("#panel", f"[{wide}, parseFloat(getComputedStyle(e).fontSize)]")
         sizes = {1000: [480, 12], 1280: [512, 13.04], 1920: [768, 16.56], 3000: [960, 18]}
-        async with self.tab() as tab:
-            for width, expected in sizes.items():
-                await tab.size(width, 720)
-                await tab.shows(shown, [expected])
+        tab = await self.open()
+        for width, expected in sizes.items():
+            await tab.size(width, 720)
+            await tab.shows(shown, [expected])
 
     async def test_storm(self):
         """A storm folds into few rows, and the newest 200 rows stay."""
-        async with self.tab() as tab:
-            self.fill(300)
-            await tab.until(f"{TEXTS}.includes('299')")
-            await tab.until(says("#wire", "× message"))
-            self.assertLess(await tab.evaluate(f"{ROWS}.length"), 150)
-            for start in range(300, 300 + 240, 8):
-                self.fill(8, start=start)
-                await tab.until(f"{TEXTS}.includes('{start + 7}')")
-            await tab.shows(f"{ROWS}.length", 200)
+        tab = await self.open()
+        self.fill(300)
+        await tab.until(f"{TEXTS}.includes('299')")
+        await tab.until(says("#wire", "× message"))
+        self.assertLess(await tab.evaluate(f"{ROWS}.length"), 150)
+        for start in range(300, 300 + 240, 8):
+            self.fill(8, start=start)
+            await tab.until(f"{TEXTS}.includes('{start + 7}')")
+        await tab.shows(f"{ROWS}.length", 200)
 
     async def test_panel(self):
         """The wire is open where there is room, behind a button, and stays as it was left."""
-        async with self.tab() as tab:
-            for width, shown in (360, False), (1280, True):
-                await tab.size(width, 800)
-                await tab.shows(visible("#wire"), shown)
-            await tab.click("#wire-toggle")
-            self.assertFalse(await tab.evaluate(visible("#wire")))
-            await tab.reload()
-            self.assertFalse(await tab.evaluate(visible("#wire")))
-            await tab.size(360, 640)
-            await tab.click("#wire-toggle")
-            self.assertTrue(await tab.evaluate(visible("#wire")))
+        tab = await self.open()
+        for width, shown in (360, False), (1280, True):
+            await tab.size(width, 800)
+            await tab.shows(visible("#wire"), shown)
+        await tab.click("#wire-toggle")
+        self.assertFalse(await tab.evaluate(visible("#wire")))
+        await tab.reload()
+        self.assertFalse(await tab.evaluate(visible("#wire")))
+        await tab.size(360, 640)
+        await tab.click("#wire-toggle")
+        self.assertTrue(await tab.evaluate(visible("#wire")))
 
     async def test_screen_readers(self):
         """Screen readers are told of the parts of the page, and of each row in a sentence."""
-        async with self.tab() as tab:
-            await tab.until(f"{ROWS}.includes('presence')")
-            await tab.say("hello")
-            await self.rows(tab, "send", "echo")
-            tree = (await tab.call("Accessibility.getFullAXTree"))["nodes"]
-            nodes = [
-                (node["role"]["value"], node["name"]["value"]) for node in tree if "name" in node
-            ]
-            parts = {"log", "status", "main", "textbox", "button"}
-            self.assertLessEqual(parts, {role for role, _ in nodes})
-            rows = [name for role, name in nodes if role == "DisclosureTriangle"]
-            self.assertEqual(len(rows), await tab.evaluate(f"{ROWS}.length"))
-            for row in rows:
-                self.assertRegex(row, "^(This tab|The server): .+[.]$")
+        tab = await self.open()
+        await tab.until(f"{ROWS}.includes('presence')")
+        await tab.say("hello")
+        await self.rows(tab, "send", "echo")
+        tree = (await tab.call("Accessibility.getFullAXTree"))["nodes"]
+        nodes = [(node["role"]["value"], node["name"]["value"]) for node in tree if "name" in node]
+        parts = {"log", "status", "main", "textbox", "button"}
+        self.assertLessEqual(parts, {role for role, _ in nodes})
+        rows = [name for role, name in nodes if role == "DisclosureTriangle"]
+        self.assertEqual(len(rows), await tab.evaluate(f"{ROWS}.length"))
+        for row in rows:
+            self.assertRegex(row, "^(This tab|The server): .+[.]$")
 
 
 class Engines:
@@ -2381,19 +2380,19 @@ class Engines:
     async def test_two_tabs(self):
         """Two tabs see what each other sends, markup as text, and the console stays silent."""
         said = ["hello", "<img src=x onerror=alert(1)> <script>alert(1)</script> &amp;"]
-        async with self.tab() as first, self.tab() as second:
-            await first.type(said[0] + "\n")
-            await second.until(f"{TEXTS}.length === 1")
-            await second.type(said[1])
-            await second.click("#send")
-            for tab in first, second:
-                await tab.until(f"{TEXTS}.length === 2")
-                self.assertEqual(await tab.evaluate(TEXTS), said)
-                self.assertEqual(await tab.evaluate("document.images.length"), 0)
-                await tab.until(f"{look('#online', 'e.textContent')}[0] === '2'")
-                self.assertEqual(tab.problems(), [])
-                await tab.evaluate("void setTimeout(() => nowhere)")
-                await until(tab.problems)
+        first, second = await self.open(), await self.open()
+        await first.type(said[0] + "\n")
+        await second.until(f"{TEXTS}.length === 1")
+        await second.type(said[1])
+        await second.click("#send")
+        for tab in first, second:
+            await tab.until(f"{TEXTS}.length === 2")
+            self.assertEqual(await tab.evaluate(TEXTS), said)
+            self.assertEqual(await tab.evaluate("document.images.length"), 0)
+            await tab.until(f"{look('#online', 'e.textContent')}[0] === '2'")
+            self.assertEqual(tab.problems(), [])
+            await tab.evaluate("void setTimeout(() => nowhere)")
+            await until(tab.problems)
 
     async def test_cuts(self):
         """Over ten cuts, each of which loses a message or its echo, two tabs show all messages
@@ -2409,49 +2408,47 @@ class Engines:
             lost.clear()
 
         self.enterContext(mock.patch.object(self.room, "publish", publish_and_lose))
-        async with self.tab() as first, self.tab() as second:
+        first, second = await self.open(), await self.open()
+        for tab in first, second:
+            await tab.evaluate(look("#wire-toggle", "e.click()"))  # to show it takes longer
+        for cut in range(10):
+            lost.append(["message", "echo"][cut % 2])
+            await (first, second)[cut // 2 % 2].type(f"{cut}\n")
             for tab in first, second:
-                await tab.evaluate(look("#wire-toggle", "e.click()"))  # to show it takes longer
-            for cut in range(10):
-                lost.append(["message", "echo"][cut % 2])
-                await (first, second)[cut // 2 % 2].type(f"{cut}\n")
-                for tab in first, second:
-                    await tab.until(f"{ROWS}.filter(kind => kind === 'close').length > {cut}")
-                    await tab.evaluate(call_again)
-                    await tab.until(ONLINE)
-                await until(lambda: len(self.room.connections) == 2)
-            for tab in first, second:
-                await tab.until(f"{TEXTS}.length >= 10")
-                await tab.until(f"{STATES}.every(state => state === 'delivered')")
-            order = await first.evaluate(TEXTS)
-            self.assertEqual(sorted(order), [*"0123456789"])
-            self.assertEqual(await second.evaluate(TEXTS), order)
+                await tab.until(f"{ROWS}.filter(kind => kind === 'close').length > {cut}")
+                await tab.evaluate(call_again)
+                await tab.until(ONLINE)
+            await until(lambda: len(self.room.connections) == 2)
+        for tab in first, second:
+            await tab.until(f"{TEXTS}.length >= 10")
+            await tab.until(f"{STATES}.every(state => state === 'delivered')")
+        order = await first.evaluate(TEXTS)
+        self.assertEqual(sorted(order), [*"0123456789"])
+        self.assertEqual(await second.evaluate(TEXTS), order)
 
     async def test_reload(self):
         """What waits survives a reload and keeps its nonce; the draft survives as well."""
         let_through = self.hold()
-        async with self.tab() as tab:
-            await tab.type("one\ntwo\nthree")
-            await tab.until(f"{STATES}.length === 2")
-            nonces = await tab.evaluate(IDS)
-            await tab.reload()
-            self.assertEqual(await tab.evaluate(look("#draft", "e.value")), ["three"])
-            let_through.set()
-            await tab.until(f"{STATES}.join() === 'delivered,delivered'")
-            self.assertEqual([message["nonce"] for message in self.room.history], nonces)
+        tab = await self.open()
+        await tab.type("one\ntwo\nthree")
+        await tab.until(f"{STATES}.length === 2")
+        nonces = await tab.evaluate(IDS)
+        await tab.reload()
+        self.assertEqual(await tab.evaluate(look("#draft", "e.value")), ["three"])
+        let_through.set()
+        await tab.until(f"{STATES}.join() === 'delivered,delivered'")
+        self.assertEqual([message["nonce"] for message in self.room.history], nonces)
 
     async def test_wire(self):
         """The wire draws a row for each event, and counts the frames."""
-        async with self.tab() as tab, self.client() as other:
-            await tab.type("hello\n")
-            await tab.until(f"{STATES}[0] === 'delivered'")
-            await other.say("hello back")
-            rows = f"{ROWS}.filter(kind => kind !== 'presence')"
-            await tab.until(f"{rows}.join() === 'request,response,welcome,send,echo,message'")
-            await tab.until(f"{look('#frames-up', 'parseInt(e.innerText)')}[0] === 1")
-            await tab.until(
-                f"{look('#frames-down', 'parseInt(e.innerText)')}[0] == {ROWS}.length - 3"
-            )
+        tab, other = await self.open(), await self.join()
+        await tab.type("hello\n")
+        await tab.until(f"{STATES}[0] === 'delivered'")
+        await other.say("hello back")
+        rows = f"{ROWS}.filter(kind => kind !== 'presence')"
+        await tab.until(f"{rows}.join() === 'request,response,welcome,send,echo,message'")
+        await tab.until(f"{look('#frames-up', 'parseInt(e.innerText)')}[0] === 1")
+        await tab.until(f"{look('#frames-down', 'parseInt(e.innerText)')}[0] == {ROWS}.length - 3")
 
     async def test_pictures(self):
         """The page has the colours that its reader prefers; with CHAT_SCREENSHOTS set to a folder,

@@ -36,23 +36,23 @@ class Axe(test_chat.BrowserCase):
 
     async def test_states(self):
         """axe-core finds nothing in any state of the page."""
-        async with self.tab(before=AXE) as tab, self.client() as other:
-            await tab.evaluate("document.querySelector('#panel').hidden = false")
-            await self.look(tab, "empty")
-            self.fill(3)
-            await other.say("\n".join("x" * 100))
-            await tab.type("hello\n")
-            await tab.until(f"{test_chat.TEXTS}.length === 5")
-            with mock.patch.object(self.room, "publish", mock.AsyncMock()):
-                await tab.type("waiting\n" + "x" * 2001 + "\n")
-                await tab.until("document.querySelectorAll('[data-state=refused]').length === 1")
-                await tab.evaluate("document.querySelector('#wire summary').click()")
-                await self.look(tab, "full")
-            self.server.close()
-            await tab.until(test_chat.OFFLINE)
-            await self.look(tab, "reconnecting")
-            await tab.evaluate("document.querySelector('#unplug').click()")
-            await self.look(tab, "unplugged")
+        tab, other = await self.open(before=AXE), await self.join()
+        await tab.evaluate("document.querySelector('#panel').hidden = false")
+        await self.look(tab, "empty")
+        self.fill(3)
+        await other.say("\n".join("x" * 100))
+        await tab.type("hello\n")
+        await tab.until(f"{test_chat.TEXTS}.length === 5")
+        with mock.patch.object(self.room, "publish", mock.AsyncMock()):
+            await tab.type("waiting\n" + "x" * 2001 + "\n")
+            await tab.until("document.querySelectorAll('[data-state=refused]').length === 1")
+            await tab.evaluate("document.querySelector('#wire summary').click()")
+            await self.look(tab, "full")
+        self.server.close()
+        await tab.until(test_chat.OFFLINE)
+        await self.look(tab, "reconnecting")
+        await tab.evaluate("document.querySelector('#unplug').click()")
+        await self.look(tab, "unplugged")
 
 
 if __name__ == "__main__":
