@@ -39,6 +39,7 @@ import chat
 
 HERE = pathlib.Path(__file__).parent
 PATIENCE = 10  # seconds until something awaited counts as missing
+SPEED, DELAY = chat.MESSAGES_PER_SECOND, chat.PRESENCE_DELAY  # which most tests do not wait for
 
 
 def skip(reason):
@@ -128,8 +129,13 @@ class ServerCase(unittest.IsolatedAsyncioTestCase):
         self.enterContext(self.assertNoLogs(level=logging.WARNING))
         asyncio.get_running_loop().slow_callback_duration = PATIENCE  # slow is not wrong
         self.addAsyncCleanup(self.assert_nothing_left)
+        self.set(MESSAGES_PER_SECOND=1_000, PRESENCE_DELAY=0.02)
         self.room = chat.Room()
         self.server, self.port = await self.serve()
+
+    def set(self, **constants):
+        """Give constants of chat.py these values until the test ends."""
+        self.enterContext(mock.patch.multiple(chat, **constants))
 
     async def assert_nothing_left(self):
         self.assertEqual((self.room.connections, self.room.names), (set(), set()))
@@ -314,6 +320,7 @@ class Protocol(ServerCase):
         """News come after 250 ms, of at most three by name, and a sign of life after 20 s."""
         sentences = {"": "+A -A -B +B", "A, B, C joined.": "+A +B +C"}
         sentences |= {"4 people left.": "-A -B -C -D", "A joined. B left.": "-B +A"}
+        self.set(PRESENCE_DELAY=DELAY)
         loop, presence = asyncio.get_running_loop(), self.room.presence
         client = await self.join()
         await client.frame("presence")
@@ -345,7 +352,6 @@ NO_REQUESTS += [b"GET / HTTP/1.1\r\nno colon\r\n\r\n", bytes(9000), b"\x16\x03\x
 class BadInput(ServerCase):
     async def test_bad_frames(self):
         """Each kind of bad frame gets its sender alone an error, and the connection stays."""
-        self.enterContext(mock.patch.object(chat, "MESSAGES_PER_SECOND", 1000))
         contents = [json.dumps({"nonce": "mine", "content": content}) for content in BAD_CONTENTS]
         nonces = [json.dumps({"nonce": nonce, "content": "hello"}) for nonce in BAD_NONCES]
         client, friend = await self.join(), await self.join()
@@ -393,7 +399,6 @@ class BadInput(ServerCase):
             asked = whole.replace(b"/ws", path)
             more = b"X: " + b"x" * (chat.READ_AT_ONCE - len(asked) - 5) + b"\r\n\r\n"
             cases += [asked + end, asked[:-2] + more + end]  # in the same read, or in the next
-        self.enterContext(mock.patch.object(chat, "MESSAGES_PER_SECOND", 1000))
         speaker, listener = await self.join(), await self.join()
         for number, data in enumerate(cases):
             with self.subTest(data):
@@ -404,8 +409,9 @@ class BadInput(ServerCase):
         await until(lambda: len(self.room.connections) == 2)
 
     async def test_fuzz(self):
-        """While 300 connections send random rubbish, two hold a conversation that stays whole."""
+        """While 200 connections send random rubbish, two hold a conversation that stays whole."""
         chance = random.Random(4)
+        starts = [b"", *[upgrade_request(self.port)] * 9]
 
         def piece():
             payload = chance.randbytes(chance.choice([0, 5, 125, 4000]))
@@ -414,24 +420,22 @@ class BadInput(ServerCase):
             return chance.choice([said, said, masked(payload, first), payload, *ENDING_FRAMES])
 
         async def rubbish():
-            await asyncio.sleep(chance.random())
+            await asyncio.sleep(chance.random() / 4)
             reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-            data = chance.choice([b"", *[upgrade_request(self.port)] * 9])
-            data += b"".join(piece() for _ in range(chance.randrange(9)))
+            data = chance.choice(starts) + b"".join(piece() for _ in range(chance.randrange(9)))
             size = chance.choice([50, 1000, 100_000])
             with contextlib.suppress(OSError, TimeoutError):  # it may be closed meanwhile
-                for start in range(0, len(data), size):
-                    writer.write(data[start : start + size])
-                    await writer.drain()
-                    await asyncio.sleep(chance.choice([0, 0, 0, 0.01]))
-                if chance.random() < 0.3:
-                    writer.write_eof()
-                async with asyncio.timeout(chance.random() / 20):
+                async with asyncio.timeout(chance.random() / 10):
+                    for start in range(0, len(data), size):
+                        writer.write(data[start : start + size])
+                        await writer.drain()
+                    if chance.random() < 0.3:
+                        writer.write_eof()
                     await reader.read()
             chance.choice([writer.close, writer.transport.abort])()
 
         speaker, listener = await self.join(), await self.join()
-        rubbishing, count = asyncio.gather(*(rubbish() for _ in range(300))), 0
+        rubbishing, count = asyncio.gather(*(rubbish() for _ in range(200))), 0
         while not rubbishing.done():
             await speaker.say(f"{count}")
             for client in speaker, listener:
@@ -531,7 +535,7 @@ def tls_contexts():
 
 class Load(ServerCase):
     async def asyncSetUp(self):
-        self.enterContext(mock.patch.object(chat, "Connection", CountingConnection))
+        self.set(Connection=CountingConnection)
         await super().asyncSetUp()
 
     def other_end(self, client):
@@ -633,7 +637,7 @@ class Load(ServerCase):
         limits = [
             f"content | {chat.MAX_CONTENT:,} characters",
             "frame | 32 KiB",  # BadInput sends one
-            f"speed | {chat.MESSAGES_PER_SECOND} messages a second",
+            f"speed | {SPEED} messages a second",
             f"unsent backlog of one connection | {unsent / 1024**2:g} MiB",
             f"remembered messages | {chat.REMEMBERED}",
             f"people | {chat.Room().capacity:,}, or what the file descriptors allow",
@@ -675,11 +679,12 @@ class Load(ServerCase):
 
     async def test_speed(self):
         """20 messages at once do not wait for each other; of more, 20 a second come, in order."""
-        async with Client(self.port) as client:
-            for number in range(50):
-                await client.say(f"{number}")
-            frames = [await client.frame("message") for _ in range(50)]
-        self.assertEqual([frame["content"] for frame in frames], [f"{n}" for n in range(50)])
+        self.set(MESSAGES_PER_SECOND=SPEED)
+        client, said = await self.join(), [f"{number}" for number in range(30)]
+        for content in said:
+            await client.say(content)
+        frames = [await client.frame("message") for _ in said]
+        self.assertEqual([frame["content"] for frame in frames], said)
         times = [datetime.fromisoformat(frame["time"]).timestamp() for frame in frames]
         self.assertLess(times[19] - times[0], times[20] - times[19])
         waits = [later - first for first, later in zip(times, times[20:], strict=False)]
@@ -701,7 +706,7 @@ class Load(ServerCase):
         await friend.say("over")
         while "over" not in heard:
             heard += await friend.contents(1)
-        self.assertLess(heard.count("flood"), 100)
+        self.assertLess(heard.count("flood"), 2_000)
 
 
 class ProgramCase(unittest.IsolatedAsyncioTestCase):
@@ -782,19 +787,6 @@ class CommandLine(ProgramCase):
                 process = self.start(*options.split(), program=pathlib.Path(folder, "chat.py"))
                 says = f"chat.py: cannot serve .*{wrong}.*index.html beside.*--host and --port.\n"
                 self.assert_ends(process, 1, says)
-
-    async def test_debug(self):
-        """--debug shows the handshake and each frame; nothing of it without the flag."""
-        signs = ["< GET /ws HTTP/1.1", "< TEXT", "> TEXT", "< CLOSE", "> CLOSE"]
-        for options in ["--debug"], []:
-            process, port, _ = self.start_serving(*options)
-            async with Client(port) as client:
-                await client.say("hello")
-                await client.contents(1)
-            process.kill()
-            _, log = process.communicate(timeout=PATIENCE)
-            shown = [sign for sign in signs if sign in log]
-            self.assertEqual((shown, log != ""), (signs, True) if options else ([], False))
 
     def test_requirements(self):
         """requirements.txt and the head of chat.py (PEP 723) name the same dependencies."""
@@ -1284,16 +1276,11 @@ def shared(engine, scheme):
     return browser
 
 
-def shared_browser():
-    """Return the Chromium that all tests share."""
-    return shared(Browser, "light")
-
-
 class BrowserCase(ServerCase):
     """A server of its own for each test, looked at through a browser."""
 
     def setUp(self):
-        self.browser = shared_browser()
+        self.browser = shared(Browser, "light")
 
     async def asyncSetUp(self):
         transports = self.transports = []
@@ -1303,9 +1290,7 @@ class BrowserCase(ServerCase):
                 transports.append(transport)
                 super().connection_made(transport)
 
-        self.enterContext(mock.patch.object(chat, "Connection", Tracked))
-        self.enterContext(mock.patch.object(chat, "MESSAGES_PER_SECOND", 1_000))
-        self.enterContext(mock.patch.object(chat, "PRESENCE_DELAY", 0.05))
+        self.set(Connection=Tracked)
         await super().asyncSetUp()
 
     async def stop(self, server):
@@ -1365,12 +1350,14 @@ def pace(times):
     return f"""
         window.asked = [];
         window.latest = {{}};
-        const slowly = setTimeout;
-        window.setTimeout = (action, ms = 0, ...more) => {{
-            asked.push(ms);
-            latest[ms] = action;
-            return slowly(action, ms / {times}, ...more);
-        }};
+        for (const name of ["setTimeout", "setInterval"]) {{
+            const slowly = window[name];
+            window[name] = (action, ms = 0, ...more) => {{
+                asked.push(ms);
+                latest[ms] = action;
+                return slowly(action, ms / {times}, ...more);
+            }};
+        }}
     """
 
 
@@ -1683,7 +1670,7 @@ class Page(BrowserCase):
         self.enterContext(mock.patch.object(self.room, "join", cut_off))
         least = "500 ms, 1.0 s, 2.0 s, 4.0 s, 8.0 s, 15.0 s"
         most = "1.0 s, 2.0 s, 4.0 s, 8.0 s, 16.0 s, 30.0 s, 30.0 s"
-        refused, welcomed = [(50, 0, 0, least), (50, 1, 0, most)], [(20, 0, 9, least[:27])]
+        refused, welcomed = [(100, 0, 0, least), (100, 1, 0, most)], [(100, 0, 9, least[:27])]
         shown = look("#wire [data-kind=wait]", "e.textContent.match(/[0-9.]+ m?s/)[0]")
         for times, chance, capacity, delays in refused + welcomed:
             self.room.capacity = capacity
@@ -1721,8 +1708,10 @@ class Page(BrowserCase):
         for way in "button", "network", "front":
             self.room.capacity = 0
             with self.subTest(way):
-                async with self.tab(before=UNHURRIED, ready=OFFLINE) as tab:
-                    await tab.until(says("header", "30 s"))  # 31 s were counted down already
+                async with self.tab(before=UNHURRIED + LATER, ready=OFFLINE) as tab:
+                    await tab.until(says("header", "31 s"))
+                    await tab.evaluate("window.later = 600")
+                    await tab.until(says("header", "30 s"))
                     self.room.capacity = 9
                     await come_back(tab, way)
                     await tab.until(ONLINE)
@@ -1864,7 +1853,6 @@ class Page(BrowserCase):
         await tab.shows(STATES, ["delivered"])
         self.fill(3)
         await tab.shows("document.title", "(3) Chat")
-        await tab.shows(f"{TEXTS}.length", 4)
         await tab.hide(False)
         await tab.shows("document.title", "Chat")
 
@@ -2281,7 +2269,7 @@ class Wire(BrowserCase):
         """What asking once a second would have cost is told from the page's own load."""
         load = "(([e]) => e.transferSize - e.encodedBodySize)"
         shown = one("#polling", "innerText")
-        tab = await self.open(before=LATER)
+        tab = await self.open(before=LATER + FAST)
         await tab.until(f"{ROWS}.includes('presence')")
         self.assertEqual(await tab.evaluate(shown), "")  # it would mislead in the first seconds
         await tab.evaluate("window.later = 60_000")
@@ -2339,10 +2327,10 @@ class Wire(BrowserCase):
         await tab.until(f"{TEXTS}.includes('299')")
         await tab.until(says("#wire", "× message"))
         self.assertLess(await tab.evaluate(f"{ROWS}.length"), 150)
-        for start in range(300, 300 + 240, 8):
-            self.fill(8, start=start)
-            await tab.until(f"{TEXTS}.includes('{start + 7}')")
-        await tab.shows(f"{ROWS}.length", 200)
+        await tab.evaluate("window.calls = 0, performance.now = () => calls++ * 1_000")  # no storm
+        self.fill(300, start=300)
+        await tab.until(f"{look('#wire li', 'e.innerText')}.at(-1).includes('599')")
+        self.assertEqual(await tab.evaluate(f"{ROWS}.length"), 200)
 
     async def test_panel(self):
         """The wire is open where there is room, behind a button, and stays as it was left."""
@@ -2492,14 +2480,11 @@ class InWebKit(Engines, OtherEngineCase):
     engine = WebKit
 
 
-class PageAndProgram(ProgramCase, unittest.IsolatedAsyncioTestCase):
+class PageAndProgram(ProgramCase):
     """The page beside a real server that is stopped, killed and started again."""
 
-    async def asyncSetUp(self):
-        asyncio.get_running_loop().slow_callback_duration = PATIENCE  # servers take time to start
-
     def tab(self, port):
-        return Tab(shared_browser(), f"http://127.0.0.1:{port}/", before=FAST)
+        return Tab(shared(Browser, "light"), f"http://127.0.0.1:{port}/", before=FAST)
 
     @unittest.skipIf(sys.platform == "win32", "Windows has no signal that lets it stop cleanly")
     async def test_restart(self):
@@ -2557,7 +2542,7 @@ def block(words):
 
 
 @unittest.skipIf(sys.platform == "win32", "the README's sh blocks are not for Windows")
-class ReadmeCase(ProgramCase, unittest.IsolatedAsyncioTestCase):
+class ReadmeCase(ProgramCase):
     """Runs what the README prints, in a copy of the project, with the Python that runs this."""
 
     def setUp(self):
@@ -2567,9 +2552,6 @@ class ReadmeCase(ProgramCase, unittest.IsolatedAsyncioTestCase):
         if not pathlib.Path(sys.prefix, "bin", "python").exists():
             skip("the README's sh blocks take a virtual environment: run the tests as it says")
         pathlib.Path(self.folder, ".venv").symlink_to(sys.prefix)
-
-    async def asyncSetUp(self):
-        asyncio.get_running_loop().slow_callback_duration = PATIENCE  # programs take time to start
 
     def sh(self, script):
         """Start a script in the copy, without any package index; return its process."""
@@ -2631,7 +2613,7 @@ class Readme(ReadmeCase):
             await client.contents(1)
         server.terminate()
         log = server.communicate(timeout=PATIENCE)[1]
-        for sign in "GET /ws", "101 Switching Protocols", "TEXT", "CLOSE":
+        for sign in "< GET /ws HTTP/1.1", "101 Switching Protocols", "< TEXT", "> TEXT", "> CLOSE":
             self.assertIn(sign, log)
 
     async def test_by_hand(self):
@@ -2673,7 +2655,7 @@ class Readme(ReadmeCase):
         proxy = self.sh(f"{openssl} {making}; exec {nginx} -e log -c {folder}/nginx.conf")
         await until(lambda: proxy.poll() is not None or is_open(port))
         options = {"url": f"https://localhost:{port}/", "ready": ONLINE, "ignore_certificate": True}
-        tabs = [Tab(shared_browser(), **options) for _ in range(2)]
+        tabs = [Tab(shared(Browser, "light"), **options) for _ in range(2)]
         async with tabs[0] as first, tabs[1] as second:
             await first.type("hello\n")
             await second.until(f"{TEXTS}.includes('hello')")
