@@ -122,6 +122,22 @@ class Client:
         return self.connection.close_code
 
 
+class CountingConnection(chat.Connection):
+    """A connection that records its writes, and how much each turn of the event loop reads; `made`
+    has all those of a test.
+    """
+
+    def connection_made(self, transport):
+        self.made.append(self)
+        self.below, self.reads = mock.Mock(wraps=transport), [0]
+        super().connection_made(self.below)
+
+    def data_received(self, data):
+        self.reads[-1] += len(data)
+        asyncio.get_running_loop().call_soon(self.reads.append, 0)
+        super().data_received(data)
+
+
 class ServerCase(unittest.IsolatedAsyncioTestCase):
     """A server of its own for each test, which must log no warning and leave no task."""
 
@@ -129,7 +145,8 @@ class ServerCase(unittest.IsolatedAsyncioTestCase):
         self.enterContext(self.assertNoLogs(level=logging.WARNING))
         asyncio.get_running_loop().slow_callback_duration = PATIENCE  # slow is not wrong
         self.addAsyncCleanup(self.assert_nothing_left)
-        self.set(MESSAGES_PER_SECOND=1_000, PRESENCE_DELAY=0.02)
+        CountingConnection.made = []
+        self.set(Connection=CountingConnection, MESSAGES_PER_SECOND=1_000, PRESENCE_DELAY=0.02)
         self.room = chat.Room()
         self.server, self.port = await self.serve()
 
@@ -510,19 +527,6 @@ class Http(ServerCase):
                 self.assertEqual((status, "Host" in body, "proxy" in body), (403, True, True))
 
 
-class CountingConnection(chat.Connection):
-    """A connection that records its writes, and how much each turn of the event loop reads."""
-
-    def connection_made(self, transport):
-        self.below, self.reads = mock.Mock(wraps=transport), [0]
-        super().connection_made(self.below)
-
-    def data_received(self, data):
-        self.reads[-1] += len(data)
-        asyncio.get_running_loop().call_soon(self.reads.append, 0)
-        super().data_received(data)
-
-
 def tls_contexts():
     """Return what a server needs to speak TLS, and a client to trust it."""
     openssl = shutil.which("openssl") or skip("openssl makes the certificate, but is missing")
@@ -537,10 +541,6 @@ def tls_contexts():
 
 
 class Load(ServerCase):
-    async def asyncSetUp(self):
-        self.set(Connection=CountingConnection)
-        await super().asyncSetUp()
-
     def other_end(self, client):
         """Return the server's end of a client's connection."""
         (end,) = (c for c in self.room.connections if c.remote_address[1] == client.port)
@@ -1303,21 +1303,10 @@ class BrowserCase(ServerCase):
     def setUp(self):
         self.browser = shared(Browser)
 
-    async def asyncSetUp(self):
-        transports = self.transports = []
-
-        class Tracked(chat.Connection):
-            def connection_made(self, transport):
-                transports.append(transport)
-                super().connection_made(transport)
-
-        self.set(Connection=Tracked)
-        await super().asyncSetUp()
-
     async def stop(self, server):
         server.close()
-        for transport in self.transports:
-            transport.abort()  # browsers keep spare connections, on which nothing was asked yet
+        for connection in CountingConnection.made:
+            connection.below.abort()  # browsers keep spare ones, on which nothing was asked yet
         await super().stop(server)
 
     def tab(self, **options):
@@ -2126,7 +2115,7 @@ class Wire(BrowserCase):
         await tab.push("#now")
         await expect(request=opening["request"], close="no answer.* 1006", wait="[0-9.]+ s")
         self.room.capacity = 9
-        self.server = await chat.start(self.room, "127.0.0.1", self.port)
+        self.server, _ = await self.serve(self.port)
         await tab.push("#now")
         await expect(**opening, welcome=" missed", resend="“unsaid”", echo="your own, after")
         self.server.close()
