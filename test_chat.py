@@ -15,6 +15,7 @@ import os
 import pathlib
 import random
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -252,12 +253,14 @@ class Protocol(ServerCase):
 
     async def test_shared_port(self):
         """Hosts' clients that share a port get different names."""
-        end = socket.create_connection(("127.0.0.1", self.port))
-        name = f"Port{end.getsockname()[1]}"
-        self.room.names |= {name, f"{name}-2"}  # as of other hosts' clients
-        async with Client(self.port, sock=end) as third:
-            self.assertEqual(third.name, f"{name}-3")
-        self.room.names -= {name, f"{name}-2"}
+        for taken in 1, 2:
+            end = socket.create_connection(("127.0.0.1", self.port))
+            name = f"Port{end.getsockname()[1]}"
+            names = [name, f"{name}-2", f"{name}-3"]
+            self.room.names.update(names[:taken])  # as of other hosts' clients
+            async with Client(self.port, sock=end) as client:
+                self.assertEqual(client.name, names[taken])
+            self.room.names.difference_update(names[:taken])
 
     async def test_one_order(self):
         """The live messages follow the history without gap or overlap, however others talk."""
@@ -315,6 +318,13 @@ class Protocol(ServerCase):
         await one.contents(50)
         await one.say("mine", nonce="a")  # which is forgotten, so this is another one
         self.assertEqual(await one.contents(1), ["mine"])
+
+    async def test_last_words(self):
+        """Who says something and leaves at once is heard."""
+        leaving, listener = await self.join(), await self.join()
+        said, goodbye = masked(b'{"content": "last words"}'), masked(b"", first=0x88)
+        leaving.connection.transport.write(said + goodbye)
+        self.assertEqual(await listener.contents(1), ["last words"])
 
     async def test_presence(self):
         """Everyone is told who came and went, and how many are online; nobody keeps old news."""
@@ -675,15 +685,20 @@ class Load(ServerCase):
         """20 messages at once do not wait for each other; of more, 20 a second come, in order."""
         self.set(MESSAGES_PER_SECOND=SPEED)
         client, said = await self.join(), [f"{number}" for number in range(30)]
-        for content in said:
-            await client.say(content)
-        frames = [await client.frame("message") for _ in said]
+        with mock.patch.object(asyncio, "sleep", wraps=asyncio.sleep) as sleep:
+            for content in said:
+                await client.say(content)
+            frames = [await client.frame("message") for _ in said]
         self.assertEqual([frame["content"] for frame in frames], said)
         times = [datetime.fromisoformat(frame["time"]).timestamp() for frame in frames]
-        self.assertLess(times[19] - times[0], times[20] - times[19])
+        pause = times[20] - times[19]
+        self.assertLess(times[19] - times[0], pause)
+        self.assertLess(times[29] - times[20], pause)
         waits = [later - first for first, later in zip(times, times[20:], strict=False)]
         # The time in a frame is not the time that was waited for: a single one may be off.
         self.assertGreater(statistics.median(waits), 0.95)
+        asked = [call.args[0] for call in sleep.mock_calls]
+        self.assertLessEqual(max(wait for wait in asked if wait < PATIENCE), 1)  # longer: a ping's
 
     async def test_flood(self):
         """While one tab floods, others' messages come at once; when it goes, so does its flood."""
@@ -708,6 +723,8 @@ class ProgramCase(unittest.IsolatedAsyncioTestCase):
 
     async def asyncSetUp(self):
         asyncio.get_running_loop().slow_callback_duration = PATIENCE  # programs take time to start
+        self.enterContext(mock.patch.dict(os.environ))
+        os.environ.pop("PYTHONUNBUFFERED", None)  # or nothing that is printed would need a flush
 
     def start(self, *command, **options):
         """Start a program; return its process, which ends with the test, as do its children."""
@@ -779,7 +796,7 @@ class CommandLine(ProgramCase):
             shutil.copy(HERE / "chat.py", folder)
         taken = self.enterContext(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
         cases = [(f"--host 127.0.0.1 --port {taken}", HERE, f"port {taken}: ")]
-        cases += [("--port 65536", HERE, "65536")]
+        cases += [(f"--port {port}", HERE, f"port {port}: ") for port in (-1, 65536)]
         cases += [
             (f"--host {host}", HERE, host) for host in ("no.such.invalid", "a..b", "192.0.2.1")
         ]
@@ -789,6 +806,28 @@ class CommandLine(ProgramCase):
                 process = self.start_chat(*options.split(), program=pathlib.Path(folder, "chat.py"))
                 says = f"chat.py: cannot serve .*{wrong}.*index.html beside.*--host and --port.\n"
                 self.assert_ends(process, 1, says)
+
+    async def test_highest_port(self):
+        """It serves at port 65535, the highest."""
+        with mock.patch.object(websockets, "serve", mock.AsyncMock()) as serve:
+            await chat.start(chat.Room(), "127.0.0.1", 65535)
+        self.assertEqual(serve.await_args.args[1:], ("127.0.0.1", 65535))
+
+    async def test_windows(self):
+        """Without the module resource, as on Windows, it starts, with room for 10,000 people."""
+        with mock.patch.dict(sys.modules, resource=None):
+            program = runpy.run_path(f"{HERE / 'chat.py'}")
+        room = program["Room"]()
+        server = await program["start"](room, "127.0.0.1", 0)
+        self.assertEqual(room.capacity, 10_000)
+        server.close()
+        await server.wait_closed()
+
+    def test_help(self):
+        """--help says how to serve the network, and the port that it takes otherwise."""
+        help, _ = self.start_chat("--help").communicate(timeout=PATIENCE)
+        self.assertRegex(help, "--host HOST +0.0.0.0 for the whole network\n")
+        self.assertRegex(help, "--port PORT +default: 8080\n")
 
     def test_requirements(self):
         """requirements.txt and the head of chat.py (PEP 723) name the same dependencies."""
