@@ -1461,6 +1461,8 @@ class Page(BrowserCase):
         await tab.shows(LOG, ["other 0", "own delivered two", "own waiting one"])
         self.assertTrue(await tab.evaluate(says("[data-state=waiting]", "waiting")))
         self.assertTrue(await tab.evaluate(says("[data-state=delivered]", "delivered")))
+        buttons = await tab.evaluate(look("#messages button", "e.checkVisibility()"))
+        self.assertEqual({*buttons}, {False})
         let_through.set()
         await tab.shows(STATES, ["delivered", "delivered"])
 
@@ -1487,7 +1489,7 @@ class Page(BrowserCase):
     async def test_refusal(self):
         """What cannot be said shows why and can be taken back; what is said next gets through."""
         tab = await self.open()
-        for size, own in (2_001, []), (40_000, ["delivered"]):
+        for size, own in (2_001, []), (32_760, ["delivered"]):
             with self.subTest(size):
                 await tab.type("x" * size + "\nmore")
                 await tab.until(says("[data-state=refused]", "Send at most 2,000 characters"))
@@ -1503,13 +1505,14 @@ class Page(BrowserCase):
     async def test_send_again(self):
         """A message that was refused for now can be sent again as it is."""
         with mock.patch.object(self.room, "publish", mock.AsyncMock()):  # it publishes nothing
-            async with self.tab() as tab:
-                await tab.type("hello\n")
+            async with self.tab(before=pace(1)) as tab:
+                await tab.type("😀" * 2_000 + "\n")
                 await until(tab.sent)
                 (said,) = tab.sent()
                 chat.push(self.room.connections, said | {"type": "error", "content": "Not now."})
                 await tab.until(says("[data-state=refused]", "Not now."))
-                await tab.push("[data-state=refused] button")
+                await tab.shows("asked.findLast(ms => ms >= 5_000)", 45_000)  # no echo is due
+                await tab.click("[data-state=refused] button")
                 await until(lambda: tab.sent() == [said, said])
                 self.assertEqual(len(tab.attempts()), 1)
 
@@ -1587,6 +1590,12 @@ class Page(BrowserCase):
         """The status says how the connection is, and why; without one, the name looks like past."""
         past = "getComputedStyle(document.querySelector('#name').closest('p')).opacity < 1"
         tab = await self.open(before=UNHURRIED)
+        for button in "#cut", "#unplug", "#unplug", "#cut":
+            await tab.push(button)
+        self.assertEqual(await tab.evaluate(STATE), "reconnecting")  # it had asked in vain
+        await tab.push("#now")
+        await tab.until(ONLINE)
+        await until(lambda: len(self.room.connections) == 1)  # that before the cut has ended
         for button, capacity, end, state, words in (
             ("#unplug", 9, None, "unplugged", "Hung up"),
             ("#unplug", 9, None, "online", "Connected"),
@@ -1610,7 +1619,7 @@ class Page(BrowserCase):
     async def test_deadlines(self):
         """No answer for 10 s, no frame for 45 s, or for 5 s when an echo is due, is an end."""
         deaf = "window.WebSocket = class extends EventTarget { close() {} };"
-        async with self.tab(before=pace(1) + deaf, ready="true") as tab:
+        async with self.tab(before=pace(1) + UNHURRIED + deaf, ready="true") as tab:
             await tab.shows(one("#status", "innerText"), "Connecting")
             await tab.type("early\n")
             await tab.shows(STATES, ["waiting"])
@@ -1618,6 +1627,8 @@ class Page(BrowserCase):
             await tab.until(OFFLINE)
             await tab.push("#now")
             self.assertFalse(await tab.evaluate(visible("#now")))  # an attempt is under way
+            self.assertEqual(await tab.evaluate(STATE), "reconnecting")
+            await tab.shows(one("#countdown", "innerText"), "")
             await tab.push("#unplug")
             await tab.push("#unplug")
             await tab.shows(STATE, "connecting")  # as if nothing had been tried yet
@@ -1775,6 +1786,7 @@ class Page(BrowserCase):
         await tab.reload()
         await tab.shows(LOG, waiting)
         self.assertEqual(await tab.evaluate(one("#draft", "value")), "draft")
+        await tab.until(says("#wire", "message, again"))
         let_through.set()
         delivered = ["other theirs", "own delivered mine", f"own refused {long}"]
         await tab.shows(LOG, delivered)
@@ -1827,6 +1839,8 @@ class Page(BrowserCase):
                 await tab.say("hello")
                 *others, own = await tab.evaluate(look("#messages .name", colour))
                 self.assertEqual(await tab.evaluate(look("#name", colour)), [own])
+                lane = await tab.evaluate(look("#lanes :first-child", colour))
+                self.assertEqual(lane, [["this tab", own[1]]])
                 colours.append(sorted(others))
         self.assertEqual(*colours)
         self.assertNotEqual(colours[0][0][1], colours[0][1][1])
@@ -1849,7 +1863,9 @@ class Page(BrowserCase):
         self.assertEqual(await tab.evaluate(one(".text", "tabIndex")), 0)
 
     async def test_presence_lines(self):
-        """However often people come and go, one quiet line tells the latest, and messages stay."""
+        """However often people come and go, one quiet line at the bottom tells the latest, and
+        messages stay.
+        """
         tab = await self.open()
         await tab.until(f"{LINES}.length")
         self.fill(1)
@@ -1859,11 +1875,15 @@ class Page(BrowserCase):
         await tab.until(f"{LINES}.at(-1) === 'Port4 left.'")
         self.assertEqual(await tab.evaluate(f"{LINES}.length"), 2)
         self.assertEqual(await tab.evaluate(TEXTS), ["0"])
+        log, messages = await tab.evaluate(
+            look("#log, #messages", "e.getBoundingClientRect().bottom")
+        )
+        self.assertAlmostEqual(log, messages, delta=2)
 
     async def test_following(self):
         """Who is at the bottom, or speaks, follows what comes; for others a pill counts it."""
         at_bottom = "(e => e.scrollHeight - e.scrollTop - e.clientHeight < 2)(log)"
-        wheel = {"type": "mouseWheel", "x": 300, "y": 300, "deltaX": 0, "deltaY": -900}
+        wheel = {"type": "mouseWheel", "x": 300, "y": 300, "deltaX": 0, "deltaY": -200}
         tab = await self.open()
         self.fill(50)
         await tab.until(f"{TEXTS}.length === 50 && {at_bottom}")
@@ -1883,13 +1903,16 @@ class Page(BrowserCase):
         await tab.until(at_bottom)
 
     async def test_unread(self):
-        """While the tab is hidden its title counts what others say; once seen, this is gone."""
+        """While the tab is hidden its title counts what others say, and nothing is read out; once
+        seen, this is gone.
+        """
         let_through = self.hold()
         tab = await self.open()
         await tab.type("mine\n")
         await tab.hide(True)
         let_through.set()
         await tab.shows(STATES, ["delivered"])
+        self.assertNotIn("mine", await tab.evaluate(one("#spoken", "textContent")))
         self.fill(3)
         await tab.shows("document.title", "(3) Chat")
         await tab.hide(False)
@@ -1909,6 +1932,18 @@ class Page(BrowserCase):
         await tab.call("Target.closeTarget", targetId=second["targetId"])
         await tab.shows(one("#online", "textContent"), "1")
         self.assertFalse(await tab.evaluate(visible("#alone")))
+
+    async def test_beside(self):
+        """The second window takes the half of the screen where this one is not."""
+        tab = await self.open()
+        await tab.evaluate("window.open = (url, name, features) => { window.features = features; }")
+        for x, left in (0, 800), (600, 0):
+            own = {"screenX": x, "outerWidth": 1_000, "screen": {"availWidth": 1_600}}
+            for name, value in own.items():
+                value = json.dumps({"value": value, "configurable": True})
+                await tab.evaluate(f"Object.defineProperty(window, '{name}', {value}), 0")
+            await tab.push("#second")
+            self.assertIn(f"left={left},width=800", await tab.evaluate("features"))
 
     async def test_storm(self):
         """Of 600 messages 50 at most are drawn in a frame; typing keeps up, 500 stay."""
@@ -2062,13 +2097,16 @@ class Page(BrowserCase):
 
 
 ROWS = look("#wire li", "e.dataset.kind")
-# What a row shows: for each arrow its lane, its direction (✕: lost) and its line, then the words
+# What a row shows: for each arrow its lane, its direction or where it is lost, and its line; then
+# the words
 ROW = """[...[...e.querySelectorAll(".leg")].map(leg => {
     const box = leg.getBoundingClientRect(), row = e.getBoundingClientRect();
     const line = getComputedStyle(leg, "::before"), head = getComputedStyle(leg, "::after");
     const lane = box.x + box.width / 2 < row.x + row.width / 2 ? "near" : "far";
     const way = parseFloat(head.left) < parseFloat(head.right) ? "←" : "→";
-    return `${lane} ${head.content.includes("✕") ? "✕" : way} ${line.borderBottomStyle}`;
+    const [left, right] = [line.left, line.right].map(parseFloat);
+    const lost = left === right ? "✕" : left < right ? "─✕" : "✕─";
+    return `${lane} ${head.content.includes("✕") ? lost : way} ${line.borderBottomStyle}`;
 }), e.querySelector("summary").textContent].join(", ")"""
 
 
@@ -2107,8 +2145,11 @@ class Wire(BrowserCase):
         await expect(message=f"^near ← solid, far ← dashed, far → dashed, .* {heard}")
         await tab.type("x" * 2001 + "\n")
         await expect(send="^near → solid", error="^near ← solid, The server: error")
-        chat.push(self.room.connections, {"type": "typing"})
+        chat.push(self.room.connections, {"type": "typing", "who": "Port1"})
         await expect(unknown="^near ← solid, The server: typing")
+        await tab.push("[data-kind=unknown] summary")
+        await tab.until(says("[data-kind=unknown] pre", '"who": "Port1"'))
+        self.assertFalse(await tab.evaluate(says("[data-kind=unknown] pre", "undefined")))
         await tab.push("#unplug")
         await expect(close="^near → solid, This tab: close 1000 normal closure")
         await until(lambda: len(self.room.connections) == 2)
@@ -2129,8 +2170,8 @@ class Wire(BrowserCase):
         await tab.until(says("#cut", "Mend the line"))
         await tab.type("unsaid\n")
         await one.say("unheard")
-        for words in "This tab: .*“unsaid”", "The server: .*“unheard”":
-            lost = look("#wire [data-kind=lost]", f"/^near ✕ solid, {words}/.test({ROW})")
+        for row in "─✕ solid, This tab: .*“unsaid”", "✕─ solid, The server: .*“unheard”":
+            lost = look("#wire [data-kind=lost]", f"/^near {row}/.test({ROW})")
             await tab.until(f"{lost}.includes(true)")
         self.assertEqual([tab.sent(), await tab.evaluate(frames_up)], sent)
         self.assertEqual(await tab.evaluate(STATE), "online")
@@ -2224,6 +2265,8 @@ class Wire(BrowserCase):
         self.assertIn(f"{len(data.encode())} bytes on the wire", text)
         for key, value in json.loads(data).items():
             self.assertRegex(text, f"{json.dumps(key)}: {re.escape(json.dumps(value))}  [a-z]")
+        await tab.evaluate("diagram.scrollTop = diagram.scrollHeight")
+        await tab.until("atEnd.get(diagram)")
         place = one("[data-kind=echo]", "getBoundingClientRect().top")
         before = await tab.evaluate(place)
         self.fill(8)
@@ -2245,6 +2288,15 @@ class Wire(BrowserCase):
             await tab.push("#pause")
             await tab.until(says("#wire", words))
             await tab.until(says("#wire", "10 × message"))
+        await tab.push("#pause")
+        await tab.push("#cut")
+        await tab.evaluate("performance.now = () => 0")  # all at once
+        self.fill(12)
+        await tab.until("queue.length === 11")
+        await tab.type("mine\n")
+        await tab.push("#pause")
+        await tab.until(says("#wire", "The server: 2 × message, lost"))
+        await tab.until(says("#wire", "This tab: message, lost"))
 
     async def test_pause_of_a_talk(self):
         """What people say while the drawing pauses is not folded, however much it is."""
@@ -2293,7 +2345,9 @@ class Wire(BrowserCase):
             self.assertRegex((await tab.evaluate(when))[0], pattern)
 
     async def test_lit(self):
-        """Pointing at a message lights its rows on the wire, and a row its message."""
+        """Pointing at a message lights its rows on the wire, and a row its message, as does the
+        focus.
+        """
         point = "dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))"
         lit = ["own", "send", "echo"]
         tab = await self.open()
@@ -2302,6 +2356,11 @@ class Wire(BrowserCase):
         for start, kinds in ("#messages .text", lit), ("h1", []), ("[data-kind=echo] b", lit):
             await tab.evaluate(one(start, point))
             self.assertEqual(await tab.evaluate(look(".lit", "e.dataset.kind")), kinds)
+        await tab.evaluate(
+            "document.querySelectorAll('.lit').forEach(e => e.classList.remove('lit'))"
+        )
+        await tab.evaluate(one("[data-kind=send] summary", "focus()"))
+        self.assertEqual(await tab.evaluate(look(".lit", "e.dataset.kind")), lit)
 
     async def test_polling(self):
         """What asking once a second would have cost is told from the page's own load."""
@@ -2359,16 +2418,21 @@ class Wire(BrowserCase):
             await tab.shows(shown, [expected])
 
     async def test_storm(self):
-        """A storm folds into few rows, and the newest 200 rows stay."""
+        """A storm folds into few rows; the newest 200 rows stay, what is open, and the heads."""
         tab = await self.open()
         self.fill(300)
         await tab.until(f"{TEXTS}.includes('299')")
         await tab.until(says("#wire", "× message"))
         self.assertLess(await tab.evaluate(f"{ROWS}.length"), 150)
+        await tab.push("#wire summary")
         await tab.evaluate("window.calls = 0, performance.now = () => calls++ * 1_000")  # no storm
         self.fill(300, start=300)
         await tab.until(f"{look('#wire li', 'e.innerText')}.at(-1).includes('599')")
-        self.assertEqual(await tab.evaluate(f"{ROWS}.length"), 200)
+        self.assertEqual(await tab.evaluate(f"{ROWS}.length"), 201)
+        await tab.evaluate("diagram.scrollTop = diagram.scrollHeight")
+        top = "getBoundingClientRect().top"
+        heads, diagram = await tab.evaluate(f"[{one('#lanes', top)}, {one('#diagram', top)}]")
+        self.assertGreaterEqual(heads, diagram)
 
     async def test_panel(self):
         """The wire is open where there is room, behind a button, and stays as it was left."""
@@ -2383,6 +2447,8 @@ class Wire(BrowserCase):
         await tab.size(360, 640)
         await tab.click("#wire-toggle")
         self.assertTrue(await tab.evaluate(visible("#wire")))
+        widths = await tab.evaluate(look("main, #panel", "e.getBoundingClientRect().width"))
+        self.assertEqual(widths, [360, 360])  # one below the other
 
     async def test_screen_readers(self):
         """Screen readers are told of the parts of the page, and of each row in a sentence."""
@@ -2390,10 +2456,14 @@ class Wire(BrowserCase):
         await tab.until(f"{ROWS}.includes('presence')")
         await tab.say("hello")
         await self.rows(tab, "send", "echo")
+        await tab.type("x" * 1_801)
         tree = (await tab.call("Accessibility.getFullAXTree"))["nodes"]
         nodes = [(node["role"]["value"], node["name"]["value"]) for node in tree if "name" in node]
-        parts = {"log", "status", "main", "textbox", "button"}
+        parts = {"log", "status", "main", "textbox"}
         self.assertLessEqual(parts, {role for role, _ in nodes})
+        self.assertIn(("button", "Put the walkthrough away"), nodes)
+        (draft,) = [node for node in tree if node["role"]["value"] == "textbox"]
+        self.assertEqual(draft["description"]["value"], "1,801 of 2,000 characters")
         rows = [name for role, name in nodes if role == "DisclosureTriangle"]
         self.assertEqual(len(rows), await tab.evaluate(f"{ROWS}.length"))
         for row in rows:
