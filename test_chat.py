@@ -20,7 +20,6 @@ import shutil
 import signal
 import socket
 import ssl
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -39,6 +38,7 @@ from websockets.sync.client import connect
 import chat
 
 HERE = pathlib.Path(__file__).parent
+README = (HERE / "README.md").read_text(encoding="utf-8")
 PATIENCE = 10  # seconds until something awaited counts as missing
 SPEED, DELAY = chat.MESSAGES_PER_SECOND, chat.PRESENCE_DELAY  # which most tests do not wait for
 
@@ -270,7 +270,7 @@ class Protocol(ServerCase):
                 self.fill(1, start=number)
                 await asyncio.sleep(0)
 
-        talking = asyncio.create_task(talk())
+        self.addCleanup(asyncio.create_task(talk()).cancel)
         for _ in range(5):
             async with Client(self.port) as client:
                 seen = client.welcome["history"]
@@ -278,7 +278,6 @@ class Protocol(ServerCase):
                 start = int(seen[0]["id"])
                 order = [f"{number}" for number in range(start, start + len(seen))]
                 self.assertEqual([message["id"] for message in seen], order)
-        talking.cancel()
 
     async def test_welcome(self):
         """The first frame has the last 50 messages, or those after ID, and tells of a gap."""
@@ -342,7 +341,7 @@ class Protocol(ServerCase):
             self.assertEqual(frame, expected | {"online": online})
 
     async def test_presence_frames(self):
-        """News come after 250 ms, of at most three by name, and a sign of life after 20 s."""
+        """News comes after 250 ms, of at most three by name, and a sign of life after 20 s."""
         sentences = {"": "+A -A -B +B", "A, B, C joined.": "+A +B +C"}
         sentences |= {"4 people left.": "-A -B -C -D", "A joined. B left.": "-B +A"}
         self.set(PRESENCE_DELAY=DELAY)
@@ -428,7 +427,7 @@ class BadInput(ServerCase):
         for number, data in enumerate(cases):
             with self.subTest(data):
                 answer = await self.raw(data, cut=data in cuts)
-                self.assertRegex(answer, b"^(HTTP/1.1 (101|200|4[0-9][0-9]) )?")
+                self.assertRegex(answer, b"^($|HTTP/1.1 (101|200|4[0-9][0-9]) )")
                 await speaker.say(f"{number}")
                 self.assertEqual(await listener.contents(1), [f"{number}"])
         await until(lambda: len(self.room.connections) == 2)
@@ -444,15 +443,18 @@ class BadInput(ServerCase):
             said = masked(chance.choice([b'{"content": "hi"}', b'{"content": ""}']))
             return chance.choice([said, said, masked(payload, first), payload, *ENDING_FRAMES])
 
-        async def rubbish():
-            await asyncio.sleep(chance.random() / 4)
+        def rubbish():
             data = chance.choice(starts) + b"".join(piece() for _ in range(chance.randrange(9)))
+            return chance.random() / 4, data, chance.random() < 0.3, chance.random() / 10
+
+        async def send(start, data, cut, duration):
+            await asyncio.sleep(start)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(chance.random() / 10):
-                    await self.raw(data, cut=chance.random() < 0.3)
+                async with asyncio.timeout(duration):
+                    await self.raw(data, cut=cut)
 
         speaker, listener = await self.join(), await self.join()
-        rubbishing, count = asyncio.gather(*(rubbish() for _ in range(200))), 0
+        rubbishing, count = asyncio.gather(*(send(*rubbish()) for _ in range(200))), 0
         while not rubbishing.done():
             await speaker.say(f"{count}")
             for client in speaker, listener:
@@ -572,12 +574,13 @@ class Load(ServerCase):
         for tls in False, True:
             server, client = await self.pair(tls)
             _, leaving = await self.pair(tls)
-            await leaving.connection.close()
-            self.assertEqual(leaving.connection.close_code, 1000)
             self.fill(100, more="x" * 500)
+            await leaving.connection.close()
             server.close()
-            self.assertEqual(len(await client.contents(100)), 100)
-            self.assertEqual(await client.close_code(), 1001)
+            for end, code in (leaving, 1000), (client, 1001):
+                self.assertEqual(len(await end.contents(100)), 100)
+                self.assertEqual(await end.close_code(), code)
+            self.room.history.clear()
 
     async def test_same_as_its_transport(self):
         """What is asked of it and written to it has the same effect as on asyncio's transport."""
@@ -620,9 +623,10 @@ class Load(ServerCase):
         below.write.assert_not_called()
 
     async def test_turns(self):
-        """Of a flood one turn reads at most 4 KiB, or a few times that where asyncio speaks TLS."""
+        """Of a flood one turn reads at most 4 KiB; over TLS, or on Windows, as much as asyncio."""
         flood = masked(b"", first=0x89) * 43_000  # pings
-        for tls, most in (False, 4 * 1024), (True, 64 * 1024):
+        plain = 64 * 1024 if sys.platform == "win32" else 4 * 1024
+        for tls, most in (False, plain), (True, 64 * 1024):
             _, client = await self.pair(tls)
             end = self.other_end(client)
             client.connection.transport.write(flood)
@@ -647,13 +651,12 @@ class Load(ServerCase):
             f"people | {chat.Room().capacity:,}, or what the file descriptors allow",
             f"silence | a ping every {ping} s, {answer} s to answer",
         ]
-        readme = (HERE / "README.md").read_text(encoding="utf-8")
-        table = readme.partition("## Limits\n\n")[2].partition("\n\n")[0]
+        table = README.partition("## Limits\n\n")[2].partition("\n\n")[0]
         for row, limit in zip(table.splitlines()[2:], limits, strict=True):
             self.assertEqual(row[: 2 + len(limit)], f"| {limit}")
 
     async def test_many_at_once(self):
-        """After a restart all tabs come back: more than are welcomed in one turn of the loop."""
+        """After a restart all tabs come back, and wait to be accepted: more than asyncio's 100."""
         ends = [socket.create_connection(("127.0.0.1", self.port), PATIENCE) for _ in range(120)]
         for end in ends:
             end.close()
@@ -677,28 +680,26 @@ class Load(ServerCase):
                 if slow.name in self.room.names:
                     self.fill(1, start=number, more="x" * 1990)
                     self.assertEqual((await friend.frame("message"))["id"], f"{number}")
-        self.assertRegex("".join(logs.output), f"{slow.name} reads too slowly: .*unsent$")
+        (line,) = logs.output
+        self.assertRegex(line, f"{slow.name} reads too slowly: .* {1024**2} bytes unsent$")
         self.assertNotIn(slow.name, self.room.names)
         slow.connection.transport.abort()
 
     async def test_speed(self):
         """20 messages at once do not wait for each other; of more, 20 a second come, in order."""
-        self.set(MESSAGES_PER_SECOND=SPEED)
-        client, said = await self.join(), [f"{number}" for number in range(30)]
-        with mock.patch.object(asyncio, "sleep", wraps=asyncio.sleep) as sleep:
+        said, waits = [f"{number}" for number in range(60)], []
+
+        async def sleep(seconds):
+            waits.append(seconds)
+
+        clock = mock.Mock(monotonic=lambda: sum(waits))  # time passes in such sleeps alone
+        self.set(MESSAGES_PER_SECOND=SPEED, time=clock)
+        client = await self.join()
+        with mock.patch.object(chat, "asyncio", mock.Mock(wraps=asyncio, sleep=sleep)):
             for content in said:
                 await client.say(content)
-            frames = [await client.frame("message") for _ in said]
-        self.assertEqual([frame["content"] for frame in frames], said)
-        times = [datetime.fromisoformat(frame["time"]).timestamp() for frame in frames]
-        pause = times[20] - times[19]
-        self.assertLess(times[19] - times[0], pause)
-        self.assertLess(times[29] - times[20], pause)
-        waits = [later - first for first, later in zip(times, times[20:], strict=False)]
-        # The time in a frame is not the time that was waited for: a single one may be off.
-        self.assertGreater(statistics.median(waits), 0.95)
-        asked = [call.args[0] for call in sleep.mock_calls]
-        self.assertLessEqual(max(wait for wait in asked if wait < PATIENCE), 1)  # longer: a ping's
+            self.assertEqual(await client.contents(60), said)
+        self.assertEqual(waits, [1, 1])
 
     async def test_flood(self):
         """While one tab floods, others' messages come at once; when it goes, so does its flood."""
@@ -709,6 +710,7 @@ class Load(ServerCase):
             await friend.say(f"{number}")
             while f"{number}" not in heard:
                 heard += await friend.contents(1)
+        self.assertLess(heard.count("flood"), 9_000)  # it goes on, but nobody waits for its end
         heard.clear()
         flooder.connection.transport.abort()
         await until(lambda: flooder.name not in self.room.names)
@@ -725,11 +727,12 @@ class ProgramCase(unittest.IsolatedAsyncioTestCase):
         asyncio.get_running_loop().slow_callback_duration = PATIENCE  # programs take time to start
         self.enterContext(mock.patch.dict(os.environ))
         os.environ.pop("PYTHONUNBUFFERED", None)  # or nothing that is printed would need a flush
+        os.environ |= {"COLUMNS": "80", "NO_COLOR": "1"}  # for --help
 
     def start(self, *command, **options):
         """Start a program; return its process, which ends with the test, as do its children."""
         pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
-        pipes |= {"text": True, "errors": "replace"}  # curl shows the bytes of a frame
+        pipes |= {"encoding": "utf-8", "errors": "replace"}  # curl shows the bytes of a frame
         process = subprocess.Popen(command, start_new_session=True, **pipes, **options)
         self.enterContext(process)
         self.addCleanup(self.kill, process)
@@ -746,13 +749,17 @@ class ProgramCase(unittest.IsolatedAsyncioTestCase):
             command = ["sh", "-c", f'{shell_first}; exec "$@"', "sh", *command]
         return self.start(*command)
 
+    def limit(self, process):
+        """Kill a process before it is waited for without end, as for what it does not print."""
+        overdue = threading.Timer(6 * PATIENCE, self.kill, [process])
+        overdue.start()
+        self.addCleanup(overdue.cancel)
+
     def serving(self, process):
         """Wait until a server serves; return its process, its port and what it said."""
-        overdue = threading.Timer(6 * PATIENCE, process.kill)  # which ends the wait for a line
-        overdue.start()
+        self.limit(process)
         while "Ctrl-C" not in (line := process.stdout.readline()):
             self.assertTrue(line, "the server did not start")
-        overdue.cancel()
         return process, int(re.search(r":(\d+) ", line)[1]), line
 
     def serve(self, host="127.0.0.1", port=0, shell_first=None):
@@ -762,7 +769,7 @@ class ProgramCase(unittest.IsolatedAsyncioTestCase):
 
     def assert_ends(self, process, status=0, says=""):
         """It must end with this status, and with this complaint alone."""
-        out, complaint = process.communicate(timeout=PATIENCE)
+        out, complaint = process.communicate(timeout=6 * PATIENCE)  # a name is looked up for long
         self.assertEqual((process.returncode, out or ""), (status, ""))
         self.assertRegex(complaint, f"^{says}$")
 
@@ -770,10 +777,17 @@ class ProgramCase(unittest.IsolatedAsyncioTestCase):
 class CommandLine(ProgramCase):
     def outward(self, family, other):
         """Return the address from which this machine would send to others."""
-        with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((other, 9))
             return probe.getsockname()[0]
         return "localhost"
+
+    def has_ipv6(self):
+        """Tell whether this machine has an IPv6 address at which to serve."""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+            return True
+        return False
 
     def test_says_what_to_open(self):
         """It prints the address to open: for all addresses, one that other devices can open."""
@@ -782,6 +796,8 @@ class CommandLine(ProgramCase):
         cases["::"] = self.outward(socket.AF_INET6, "2001:db8::1")
         for host, opens in cases.items():
             with self.subTest(host):
+                if ":" in host and not self.has_ipv6():
+                    skip("this machine has no IPv6")
                 _, port, said = self.serve(host=host)
                 shown = f"[{opens}]" if ":" in opens else opens  # RFC 3986, section 3.2.2
                 expected = f"Open http://{shown}:{port} in two windows. Ctrl-C stops the chat.\n"
@@ -848,13 +864,13 @@ class Unix(ProgramCase):
                 async with Client(port) as client:
                     process.send_signal(number)
                     self.assertEqual(await client.close_code(), 1001)
-                for _ in range(20):
+                while process.poll() is None:
                     process.send_signal(signal.SIGINT)
                     await asyncio.sleep(0.005)
                 self.assert_ends(process)
 
     def test_stops_in_time(self):
-        """It stops within 2 s though tabs answer nothing, shake no hands, or read no page."""
+        """It stops soon though tabs answer nothing, shake no hands, or read no page."""
         process, port, _ = self.serve()
         address = "127.0.0.1", port
         mute, silent, reading = (socket.create_connection(address, PATIENCE) for _ in range(3))
@@ -865,7 +881,7 @@ class Unix(ProgramCase):
             started = time.monotonic()
             process.terminate()
             self.assert_ends(process)
-            self.assertLess(time.monotonic() - started, 2)
+            self.assertLess(time.monotonic() - started, 8)  # the library alone would take 10 s
 
     async def come_late(self, port):
         """Come to a full room, which must answer with 1013 and a reason instead of a welcome."""
@@ -896,13 +912,72 @@ class Unix(ProgramCase):
 
     def test_nobody_reads(self):
         """Where nobody reads what it prints it ends, without a traceback."""
-        process = self.start_chat("--port", "0", shell_first="sleep 0.1")
+        process = self.start_chat("--port", "0", shell_first="read go")
         process.stdout.close()
         process.stdout = None
         self.assert_ends(process, 1)
 
 
 # In a real browser
+
+
+def look(selector, what):
+    """Return the JavaScript that lists `what`, an expression of `e`, for all of that selector."""
+    return f"[...document.querySelectorAll({json.dumps(selector)})].map(e => {what})"
+
+
+def one(selector, what):
+    """Return the JavaScript of a property of the first element of that selector."""
+    return f"document.querySelector({json.dumps(selector)}).{what}"
+
+
+def visible(selector):
+    """Return the JavaScript that tells whether an element can be seen."""
+    return one(selector, "checkVisibility()")
+
+
+def says(selector, text):
+    """Return the JavaScript that tells whether an element contains a text."""
+    return f"{look(selector, 'e.innerText')}.slice(0, 1).join().includes({json.dumps(text)})"
+
+
+def pace(times):
+    """Return the JavaScript that lets the page's timers run so many times as fast, except deadlines
+    of connections; `asked` has what they were asked for, `latest` what was due after so many ms.
+    """
+    return f"""
+        window.asked = [];
+        window.latest = {{}};
+        for (const name of ["setTimeout", "setInterval"]) {{
+            const slowly = window[name];
+            window[name] = (action, ms = 0, ...more) => {{
+                asked.push(ms);
+                latest[ms] = action;
+                const deadline = [5_000, 10_000, 45_000].includes(ms);
+                return slowly(action, deadline ? ms : ms / {times}, ...more);
+            }};
+        }}
+    """
+
+
+FAST = pace(10)
+# The page's clock stands still; `later` puts it forward, in ms. At 0 nothing would count as sent.
+LATER = "window.later = 1; performance.now = () => later;"
+UNHURRIED = "Math.random = () => 60;"  # so the first attempt to reconnect comes after 30.5 s
+TEXTS = look("#messages .text", "e.textContent")
+IDS = look("#messages li[data-id]", "e.dataset.id")
+LOG = look(
+    "#messages li[data-id]",
+    "[e.dataset.kind, e.dataset.state, e.querySelector('.text').textContent]"
+    ".filter(Boolean).join(' ')",
+)
+MIDDLE = "(b => [b.x + b.width / 2, b.y + b.height / 2])(e.getBoundingClientRect())"
+STATES = look("#messages [data-kind=own]", "e.dataset.state")
+LINES = look("#messages [data-kind=system]", "e.innerText")
+STATE = one("#status", "dataset.state")
+ONLINE = f"{STATE} === 'online'"
+OFFLINE = f"{STATE} === 'reconnecting'"
+FOCUS = "document.activeElement.id"
 
 
 def find_browser():
@@ -991,7 +1066,7 @@ class Tab:
         self.browser, self.url, self.ids = browser, url, itertools.count()
         self.ready, self.before = ready or ONLINE, before
         self.ignore_certificate = ignore_certificate
-        self.answers, self.events = {}, []
+        self.answers, self.events, self.hidden = {}, [], False
 
     async def __aenter__(self):
         self.target = self.browser.idle.pop() if self.browser.idle else await self.open()
@@ -1001,6 +1076,7 @@ class Tab:
             for domain in "Page", "Runtime", "Log", "Network":
                 await self.call(f"{domain}.enable")
             await self.call("Security.setIgnoreCertificateErrors", ignore=self.ignore_certificate)
+            await self.call("Emulation.setLocaleOverride", locale="en-US")
             await self.call("Page.addScriptToEvaluateOnNewDocument", source=self.before)
             await self.call("Page.navigate", url=self.url)
             await self.until(f"document.readyState === 'complete' && {self.ready}")
@@ -1032,6 +1108,8 @@ class Tab:
             for local in True, False:
                 storage = {"securityOrigin": origin, "isLocalStorage": local}
                 await self.call("DOMStorage.clear", storageId=storage)
+            if self.hidden:
+                await self.hide(False)
             self.browser.idle.append(self.target)
         await self.call("Page.navigate", url="about:blank")
         await self.detach()
@@ -1131,6 +1209,7 @@ class Tab:
         bounds = {"windowState": "minimized" if yes else "normal"}
         await self.call("Browser.setWindowBounds", windowId=window, bounds=bounds)
         await self.shows("document.hidden", yes)
+        self.hidden = yes
 
     async def screenshot(self):
         """Return a PNG of what the window shows."""
@@ -1172,7 +1251,8 @@ class Firefox(Engine):
     def launch(self, scheme):
         path = shutil.which("firefox-esr") or shutil.which("firefox")
         path = path or skip("no Firefox found: install firefox-esr or firefox")
-        (self.folder / "user.js").write_text(self.PREFERENCES % ["dark", "light"].index(scheme))
+        preferences = self.PREFERENCES % ["dark", "light"].index(scheme)
+        (self.folder / "user.js").write_text(preferences, encoding="utf-8")
         options = ["--headless", "--no-remote", "--remote-debugging-port", "0", "--profile"]
         listening = functools.partial(re.search, "BiDi listening on (.+)\n")
         home = {"HOME": f"{self.folder}"}  # what it leaves there goes as well
@@ -1362,67 +1442,6 @@ class BrowserCase(ServerCase):
             connection.transport.abort()
 
 
-def look(selector, what):
-    """Return the JavaScript that lists what the elements of that selector show."""
-    return f"[...document.querySelectorAll({json.dumps(selector)})].map(e => {what})"
-
-
-def one(selector, what):
-    """Return the JavaScript of a property of the first element of that selector."""
-    return f"document.querySelector({json.dumps(selector)}).{what}"
-
-
-def visible(selector):
-    """Return the JavaScript that tells whether an element can be seen."""
-    return one(selector, "checkVisibility()")
-
-
-def says(selector, text):
-    """Return the JavaScript that tells whether an element contains a text."""
-    return f"{look(selector, 'e.innerText')}.slice(0, 1).join().includes({json.dumps(text)})"
-
-
-def pace(times):
-    """Return the JavaScript that lets timers run so many times as fast; `asked` has what they were
-    asked for, `latest` what was to happen after so many ms.
-    """
-    return f"""
-        window.asked = [];
-        window.latest = {{}};
-        for (const name of ["setTimeout", "setInterval"]) {{
-            const slowly = window[name];
-            window[name] = (action, ms = 0, ...more) => {{
-                asked.push(ms);
-                latest[ms] = action;
-                return slowly(action, ms / {times}, ...more);
-            }};
-        }}
-    """
-
-
-FAST = pace(10)
-# The page's clock can be put forward: `later` says by how many ms.
-LATER = """{
-    const now = performance.now.bind(performance);
-    performance.now = () => now() + (window.later ?? 0);
-}"""
-UNHURRIED = "Math.random = () => 60;"  # so the first attempt to reconnect comes after 30.5 s
-TEXTS = look("#messages .text", "e.textContent")
-IDS = look("#messages li[data-id]", "e.dataset.id")
-LOG = look(
-    "#messages li[data-id]",
-    "[e.dataset.kind, e.dataset.state, e.querySelector('.text').textContent]"
-    ".filter(Boolean).join(' ')",
-)
-MIDDLE = "(b => [b.x + b.width / 2, b.y + b.height / 2])(e.getBoundingClientRect())"
-STATES = look("#messages [data-kind=own]", "e.dataset.state")
-LINES = look("#messages [data-kind=system]", "e.innerText")
-STATE = one("#status", "dataset.state")
-ONLINE = f"{STATE} === 'online'"
-OFFLINE = f"{STATE} === 'reconnecting'"
-FOCUS = "document.activeElement.id"
-
-
 class Page(BrowserCase):
     async def test_one_request(self):
         """The page takes one HTTP request and one WebSocket, and has at most 44 KiB."""
@@ -1592,7 +1611,9 @@ class Page(BrowserCase):
         tab = await self.open(before=UNHURRIED)
         for button in "#cut", "#unplug", "#unplug", "#cut":
             await tab.push(button)
-        self.assertEqual(await tab.evaluate(STATE), "reconnecting")  # it had asked in vain
+        self.assertEqual(
+            await tab.evaluate(STATE), "reconnecting"
+        )  # as to call again went into the void
         await tab.push("#now")
         await tab.until(ONLINE)
         await until(lambda: len(self.room.connections) == 1)  # that before the cut has ended
@@ -1623,7 +1644,7 @@ class Page(BrowserCase):
             await tab.shows(one("#status", "innerText"), "Connecting")
             await tab.type("early\n")
             await tab.shows(STATES, ["waiting"])
-            await tab.evaluate("latest[10000](), 0")
+            await tab.evaluate("latest[10000](), 0")  # no answer in time
             await tab.until(OFFLINE)
             await tab.push("#now")
             self.assertFalse(await tab.evaluate(visible("#now")))  # an attempt is under way
@@ -1634,7 +1655,7 @@ class Page(BrowserCase):
             await tab.shows(STATE, "connecting")  # as if nothing had been tried yet
         self.enterContext(mock.patch.object(self.room, "publish", mock.AsyncMock()))  # no echo
         for ms in 45_000, 5_000:
-            async with self.tab(before=pace(1)) as tab:
+            async with self.tab(before=pace(1) + UNHURRIED) as tab:
                 await tab.until(f"{LINES}.length")
                 await tab.evaluate("latest = {}")
                 if ms == 5_000:
@@ -1679,6 +1700,8 @@ class Page(BrowserCase):
                     await (tab.offline(True) if button == "offline" else tab.push(button))
                     await friend.say("missed")
                     await tab.type("mine\n")
+                    if way == "#cut reconnecting":
+                        await tab.evaluate("latest[5000](), 0")  # no echo in time
                     await tab.shows(STATE, state)
                     await tab.shows(STATES, ["delivered", "waiting"])
                     await (tab.offline(False) if button == "offline" else tab.push(button))
@@ -1737,7 +1760,7 @@ class Page(BrowserCase):
         await tab.until("asked.includes(8000)")
         self.room.capacity = 9
         await tab.until(ONLINE)
-        await tab.evaluate("latest[10000](), asked.length = 0")
+        await tab.evaluate("latest[10000](), asked.length = 0")  # now it has lasted
         self.cut_off()
         await tab.until("asked.includes(500)")
 
@@ -1760,7 +1783,7 @@ class Page(BrowserCase):
             with self.subTest(way):
                 async with self.tab(before=UNHURRIED + LATER, ready=OFFLINE) as tab:
                     await tab.until(says("header", "31 s"))
-                    await tab.evaluate("window.later = 600")
+                    await tab.evaluate("later += 600")
                     await tab.until(says("header", "30 s"))
                     self.room.capacity = 9
                     await come_back(tab, way)
@@ -1946,7 +1969,7 @@ class Page(BrowserCase):
             self.assertIn(f"left={left},width=800", await tab.evaluate("features"))
 
     async def test_storm(self):
-        """Of 600 messages 50 at most are drawn in a frame; typing keeps up, 500 stay."""
+        """Of 600 messages 25 are drawn at a time; typing gets through, and the last 500 stay."""
         watch = """new MutationObserver(records => {
                 most = Math.max(most, records.filter(record => record.addedNodes.length).length);
             }).observe(messages, {childList: true})"""
@@ -1959,7 +1982,7 @@ class Page(BrowserCase):
         self.assertEqual(await tab.evaluate(one("#draft", "value")), "xx")
         await tab.shows("messages.childElementCount", 500)
         self.assertEqual(await tab.evaluate(f"{TEXTS}.at(-1)"), "599")
-        self.assertLessEqual(await tab.evaluate("most"), 50)
+        self.assertLessEqual(await tab.evaluate("most"), 25)
 
     async def test_hidden_storm(self):
         """Of all that a hidden tab gets before it may draw, only what stays is drawn."""
@@ -1980,7 +2003,6 @@ class Page(BrowserCase):
         await tab.evaluate("held.forEach(action => action())")
         await tab.until(f"{TEXTS}.includes('1499')")
         self.assertEqual(await tab.evaluate("drawn"), 500)
-        await tab.hide(False)  # as later tests want it
 
     async def test_draft_grows(self):
         """Shift+Enter breaks the line, the draft grows to five lines, and Enter sends it all."""
@@ -2082,7 +2104,7 @@ class Page(BrowserCase):
             self.assertEqual(await tab.evaluate(look("#log", fits)), [[True, False]])
             mine = look("[data-kind=own] .text", fits)
             self.assertEqual(await tab.evaluate(mine), [[True, True]])
-        self.assertGreaterEqual(await tab.evaluate(f"Math.min(...{sizes})"), 44)
+            self.assertGreaterEqual(await tab.evaluate(f"Math.min(...{sizes})"), 44)
 
     async def test_reduced_motion(self):
         """Where the system asks for reduced motion, nothing moves, in the log or on the wire."""
@@ -2306,7 +2328,7 @@ class Wire(BrowserCase):
         for number in range(15):
             self.fill(1, start=number)
             await tab.shows(f"{TEXTS}.length", number + 1)
-            await tab.evaluate("window.later = (window.later ?? 0) + 150")
+            await tab.evaluate("later += 150")
         await tab.push("#pause")
         await self.rows(tab, *["message"] * 15)
 
@@ -2315,34 +2337,33 @@ class Wire(BrowserCase):
         conversation is not delayed.
         """
         last = "#wire li:last-child .down"
-        pace = look(last, "getComputedStyle(e, '::before').animationDuration")
+        duration = look(last, "getComputedStyle(e, '::before').animationDuration")
         tab = await self.open(before=FAST)
         await tab.until(f"{ROWS}.includes('presence')")
-        self.assertEqual(await tab.evaluate(pace), ["0.25s"])
+        self.assertEqual(await tab.evaluate(duration), ["0.25s"])
         await tab.push("#slow")
-        self.assertEqual(await tab.evaluate(pace), ["0.6s"])
+        self.assertEqual(await tab.evaluate(duration), ["0.6s"])
         await tab.evaluate("asked.length = 0")
         self.fill(3)
         await tab.shows(f"{TEXTS}.length", 3)
         await self.rows(tab, "message", "message", "message")
         self.assertEqual(await tab.evaluate("asked.filter(ms => ms === 700).length"), 3)
-        self.fill(1, start=3)
+        await tab.evaluate("chat.addEventListener('heard', () => pause.click())")
+        self.fill(1, start=3)  # whose row is due when the pause begins, and is held as well
         await tab.shows(f"{TEXTS}.length", 4)
-        await tab.push("#pause")  # before the next row is due, which it holds as well
-        await tab.evaluate("new Promise(done => setTimeout(done, 700))")
-        self.assertEqual(await tab.evaluate(f"{ROWS}.filter(k => k === 'message').length"), 3)
+        self.assertEqual(await tab.evaluate("[queue.length, timer]"), [1, 0])
 
     async def test_when(self):
         """Each row has the time since the one before, in ms or in seconds."""
         when = look("#wire li:last-child .when", "e.textContent")
         tab = await self.open(before=LATER)
         await tab.until(f"{ROWS}.includes('presence')")
-        for later, pattern in (2_300, r"^\+2\.[0-9] s$"), (2_300, r"^\+[0-9]+ ms$"):
-            await tab.evaluate(f"window.later = {later}")
+        for later, said in (2_300, "+2.3 s"), (999, "+999 ms"), (0, "+0 ms"):
+            await tab.evaluate(f"later += {later}")
             before = len(self.room.history)
             self.fill(1, start=before)
             await self.rows(tab, *["message"] * (before + 1))
-            self.assertRegex((await tab.evaluate(when))[0], pattern)
+            self.assertEqual(await tab.evaluate(when), [said])
 
     async def test_lit(self):
         """Pointing at a message lights its rows on the wire, and a row its message, as does the
@@ -2369,9 +2390,9 @@ class Wire(BrowserCase):
         tab = await self.open(before=LATER + FAST)
         await tab.until(f"{ROWS}.includes('presence')")
         self.assertEqual(await tab.evaluate(shown), "")  # it would mislead in the first seconds
-        await tab.evaluate("window.later = 60_000")
+        await tab.evaluate("later = 60_000")
         await tab.until(shown)
-        pattern = "once a second .* 6[0-9] requests .*[0-9]+ kB.* 1 request and 2 frames"
+        pattern = "once a second .* 60 requests .*[0-9]+ kB.* 1 request and 2 frames"
         self.assertRegex(await tab.evaluate(shown), pattern)
         await tab.push("[data-kind=request] summary")
         size = await tab.evaluate(f"{load}(performance.getEntriesByType('navigation'))")
@@ -2604,7 +2625,7 @@ class PageAndProgram(ProgramCase):
             await first.say("before")
             await second.shows(TEXTS, ["before"])
             process.terminate()
-            await first.until(says("#status", "The server was stopped"))
+            await first.until(OFFLINE)
             await first.type("one\ntwo\nthree\n")
             await first.shows(STATES, ["delivered", *["waiting"] * 3])
             nonces = (await first.evaluate(IDS))[1:]
@@ -2633,9 +2654,6 @@ class PageAndProgram(ProgramCase):
                 shown = await tab.evaluate(TEXTS)
                 self.assertEqual(len(shown), len(set(shown)))
                 self.assertLessEqual(set(shown), set(said))
-
-
-README = (HERE / "README.md").read_text(encoding="utf-8")
 
 
 def listings(language):
@@ -2717,7 +2735,9 @@ class Readme(ReadmeCase):
             ("curl", "", ["101 Switching", "Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=", "welcome"]),
             ("-m websockets", '{"content": "hello"}\n', ["Welcome!", '"content": "hello"']),
         ):
-            process, shown = self.sh(block(words).replace("8080", f"{port}")), ""
+            script = block(words).replace("8080", f"{port}").replace("--max-time 2", "")
+            process, shown = self.sh(script), ""
+            self.limit(process)
             process.stdin.write(say)
             process.stdin.flush()
             while not all(sign in shown for sign in signs):
@@ -2743,7 +2763,7 @@ class Readme(ReadmeCase):
         paths = "".join(f"{kind}_temp_path {folder};" for kind in kinds)
         head = f"daemon off; pid {folder}/pid; error_log {folder}/log; events {{}}"
         server = f"{head} http {{ access_log off; {paths} {server} }}"
-        pathlib.Path(folder, "nginx.conf").write_text(server)
+        pathlib.Path(folder, "nginx.conf").write_text(server, encoding="utf-8")
         making = "req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -keyout key -out pem"
         proxy = self.sh(f"{openssl} {making}; exec {nginx} -e log -c {folder}/nginx.conf")
         await until(lambda: proxy.poll() is not None or is_open(port))
@@ -2767,7 +2787,7 @@ class RedisStreams(ReadmeCase):
         self.assertLessEqual(len(listing.splitlines()), 40)
         self.redis_port = free_port()
         listing = listing.replace("//localhost", f"//localhost:{self.redis_port}")
-        pathlib.Path(self.folder, "chat_redis.py").write_text(listing)
+        pathlib.Path(self.folder, "chat_redis.py").write_text(listing, encoding="utf-8")
         await self.start_redis()
         self.command = "exec " + block("install redis").splitlines()[-1]
         self.server, port = self.serve_by(self.command)
