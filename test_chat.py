@@ -318,10 +318,17 @@ class Protocol(ServerCase):
 
     async def test_last_words(self):
         """Who says something and leaves at once is heard."""
-        leaving, listener = await self.join(), await self.join()
-        said, goodbye = masked(b'{"content": "last words"}'), masked(b"", first=0x88)
-        leaving.connection.transport.write(said + goodbye)
-        self.assertEqual(await listener.contents(1), ["last words"])
+        clock = mock.Mock(monotonic=itertools.count(step=2).__next__)  # so nobody speaks too fast
+        self.set(MESSAGES_PER_SECOND=1, time=clock)
+        listener, goodbye = await self.join(), masked(b"", first=0x88)
+        for said in ["last words"], ["first words", "last words"]:
+            leaving = await self.join()
+            for content in said[:-1]:
+                await leaving.say(content)
+                self.assertEqual(await listener.contents(1), [content])
+            last = masked(json.dumps({"content": said[-1]}).encode())
+            leaving.connection.transport.write(last + goodbye)
+            self.assertEqual(await listener.contents(1), [said[-1]])
 
     async def test_presence(self):
         """Everyone is told who came and went, and how many are online; nobody keeps old news."""
