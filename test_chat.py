@@ -1983,7 +1983,7 @@ class Page(BrowserCase):
         self.assertEqual(await tab.evaluate(STATES), [])
         await tab.say("hello")
         await tab.until(at_bottom)
-        await tab.size(1280, 500)
+        await tab.evaluate("log.scrollTop--, document.body.style.height = '400px'")
         await tab.until(at_bottom)
 
     async def test_unread(self):
