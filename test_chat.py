@@ -904,6 +904,7 @@ class Unix(ProgramCase):
             process.terminate()
             self.assert_ends(process)
             self.assertLess(time.monotonic() - started, 8)  # the library alone would take 10 s
+        self.assertEqual(chat.STOP_TIMEOUT, 1)  # of the 2 s promised, on any machine
 
     async def come_late(self, port):
         """Come to a full room, which must answer with 1013 and a reason instead of a welcome."""
@@ -965,20 +966,27 @@ def says(selector, text):
 
 def pace(times):
     """Return the JavaScript that lets the page's timers run so many times as fast, except deadlines
-    of connections; `asked` has what they were asked for, `latest` what was due after so many ms.
+    of connections; `asked` has what all were asked for, in ms, `pending` those that have neither
+    fired nor been cleared, `latest` what was due after so many ms.
     """
     return f"""
         window.asked = [];
         window.latest = {{}};
+        window.pending = new Map();
         for (const name of ["setTimeout", "setInterval"]) {{
             const slowly = window[name];
-            window[name] = (action, ms = 0, ...more) => {{
+            window[name] = (action, ms = 0) => {{
+                const deadline = [5_000, 10_000, 45_000].includes(ms);
+                const fire = () => {{ pending.delete(id); action(); }};
+                const id = slowly(fire, deadline ? ms : ms / {times});
                 asked.push(ms);
                 latest[ms] = action;
-                const deadline = [5_000, 10_000, 45_000].includes(ms);
-                return slowly(action, deadline ? ms : ms / {times}, ...more);
+                pending.set(id, ms);
+                return id;
             }};
         }}
+        const clear = clearTimeout;
+        window.clearTimeout = id => {{ pending.delete(id); clear(id); }};
     """
 
 
@@ -1576,6 +1584,8 @@ class Page(BrowserCase):
                 await tab.shows("asked.findLast(ms => ms >= 5_000)", 45_000)  # no echo is due
                 await tab.click("[data-state=refused] button")
                 await until(lambda: tab.sent() == [said, said])
+                stored = "JSON.parse(sessionStorage.chatWaiting).map(entry => entry.refused)"
+                self.assertEqual(await tab.evaluate(stored), [None])
                 self.assertEqual(len(tab.attempts()), 1)
 
     async def test_taken_back_too_late(self):
@@ -1711,6 +1721,8 @@ class Page(BrowserCase):
                 else:
                     self.room.presence.push()
                 await tab.until(f"latest[{ms}]")
+                due = await tab.evaluate("[...pending.values()].filter(ms => ms >= 5_000)")
+                self.assertEqual(due, [10_000, ms])  # until it has settled, and the one deadline
                 await tab.evaluate(f"latest[{ms}](), 0")
                 await tab.until(OFFLINE)
 
@@ -1985,8 +1997,15 @@ class Page(BrowserCase):
         self.assertEqual(await tab.evaluate(STATES), [])
         await tab.say("hello")
         await tab.until(at_bottom)
-        await tab.evaluate("log.scrollTop--, document.body.style.height = '400px'")
+        for height in "300px", "auto":
+            await tab.evaluate(f"composer.style.height = '{height}'")
+            await tab.until(at_bottom)
+        await tab.size(500, 900)
         await tab.until(at_bottom)
+        resized = "document.body.style.height = '400px', dispatchEvent(new Event('resize'))"
+        for change in resized, "toggle.click()":
+            await tab.evaluate(f"log.scrollTop--, {change}, 0")  # before the event of the scrolling
+            await tab.until(at_bottom)
 
     async def test_unread(self):
         """A hidden tab is silent, and its title counts what others say, until it is seen."""
@@ -2413,7 +2432,8 @@ class Wire(BrowserCase):
         await tab.evaluate("chat.addEventListener('heard', () => pause.click())")
         self.fill(1, start=3)  # whose row is due when the pause begins, and is held as well
         await tab.shows(f"{TEXTS}.length", 4)
-        self.assertEqual(await tab.evaluate("[queue.length, timer]"), [1, 0])
+        self.assertEqual(await tab.evaluate("queue.length"), 1)
+        self.assertFalse(await tab.evaluate("[...pending.values()].includes(700)"))
 
     async def test_when(self):
         """Each row has the time since the one before, in ms or in seconds."""
