@@ -318,7 +318,7 @@ class Protocol(ServerCase):
 
     async def test_last_words(self):
         """Who says something and leaves at once is heard."""
-        clock = mock.Mock(monotonic=itertools.count(step=2).__next__)  # so nobody speaks too fast
+        clock = mock.Mock(monotonic=itertools.count(0.0, 2.0).__next__)  # nobody is too fast
         self.set(MESSAGES_PER_SECOND=1, time=clock)
         listener, goodbye = await self.join(), masked(b"", first=0x88)
         for said in ["last words"], ["first words", "last words"]:
@@ -711,7 +711,7 @@ class Load(ServerCase):
         async def sleep(seconds):
             waits.append(seconds)
 
-        clock = mock.Mock(monotonic=lambda: sum(waits))  # time passes in such sleeps alone
+        clock = mock.Mock(monotonic=lambda: float(sum(waits)))  # time passes in such sleeps alone
         self.set(MESSAGES_PER_SECOND=SPEED, time=clock)
         self.set(asyncio=mock.Mock(wraps=asyncio, sleep=sleep))
         client = await self.join()
@@ -723,7 +723,7 @@ class Load(ServerCase):
     async def test_flood(self):
         """While one tab floods, others' messages come at once; when it goes, so does its flood."""
         second_over = asyncio.Event()
-        clock = mock.Mock(monotonic=lambda: int(second_over.is_set()))
+        clock = mock.Mock(monotonic=lambda: float(second_over.is_set()))
         self.set(MESSAGES_PER_SECOND=SPEED, time=clock)
         self.set(asyncio=mock.Mock(wraps=asyncio, sleep=lambda _: second_over.wait()))
         flooder, friend = await self.join(), await self.join()
