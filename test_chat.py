@@ -1584,6 +1584,8 @@ class Page(BrowserCase):
                 await tab.shows("asked.findLast(ms => ms >= 5_000)", 45_000)  # no echo is due
                 await tab.click("[data-state=refused] button")
                 await until(lambda: tab.sent() == [said, said])
+                await tab.shows(STATES, ["waiting"])
+                self.assertEqual(await tab.evaluate(FOCUS), "draft")
                 stored = "JSON.parse(sessionStorage.chatWaiting).map(entry => entry.refused)"
                 self.assertEqual(await tab.evaluate(stored), [None])
                 self.assertEqual(len(tab.attempts()), 1)
@@ -1826,8 +1828,10 @@ class Page(BrowserCase):
         self.room.capacity = 9
         await tab.until(ONLINE)
         await tab.evaluate("latest[10000](), asked.length = 0")  # now it has lasted
-        self.cut_off()
+        (connection,) = self.room.connections
+        await connection.close(1011)  # without a reason
         await tab.until("asked.includes(500)")
+        await tab.until(says("#status", "closed: 1011"))
 
     async def test_at_once(self):
         """A button, a network that is back or coming to the front end the wait, and do no more."""
@@ -2422,6 +2426,8 @@ class Wire(BrowserCase):
         duration = look(last, "getComputedStyle(e, '::before').animationDuration")
         tab = await self.open(before=FAST)
         self.assertEqual(await tab.evaluate(duration), ["0.25s"])
+        origin = "parseFloat(getComputedStyle(e, '::before').transformOrigin) / e.clientWidth"
+        self.assertGreater((await tab.evaluate(look(last, origin)))[0], 0.9)  # the server's side
         await tab.push("#slow")
         self.assertEqual(await tab.evaluate(duration), ["0.6s"])
         await tab.evaluate("asked.length = 0")
@@ -2485,6 +2491,13 @@ class Wire(BrowserCase):
         await tab.until(says("#guide", "Say something"))
         await tab.say("hello")
         await tab.until(says("#guide", "Cut the line"))
+        for missed, step in (0, "Cut the line"), (1, "Stop the server"):
+            await tab.push("#unplug")
+            await until(lambda: len(self.room.connections) == 1)
+            self.fill(missed)
+            await tab.push("#unplug")
+            await tab.until(ONLINE)
+            await tab.until(says("#guide", step))
         await tab.push("#guide button")
         await tab.reload()
         self.assertFalse(await tab.evaluate(visible("#guide")))
