@@ -417,7 +417,7 @@ def read_options() -> argparse.Namespace:
 
 # Reading and writing
 
-READ_AT_ONCE = 4 * 1024  # bytes: 700 of the smallest frames, which delay the others by 6 ms
+READ_AT_ONCE = 4 * 1024  # bytes (on Windows 64 KiB): 700 of the smallest frames, 6 ms for others
 MAX_UNSENT = 1024 * 1024  # bytes that a client may leave unread; a welcome has at most 600 KB
 MAX_HELD = 16 * 1024  # bytes of one connection: 70 messages of usual length
 NOT_FOR_WRITING = (  # what a transport does besides
