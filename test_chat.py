@@ -1666,9 +1666,7 @@ class Page(BrowserCase):
         tab = await self.open(before=UNHURRIED)
         for button in "#cut", "#unplug", "#unplug", "#cut":
             await tab.push(button)
-        self.assertEqual(
-            await tab.evaluate(STATE), "reconnecting"
-        )  # as to call again went into the void
+        self.assertEqual(await tab.evaluate(STATE), "reconnecting")  # it had called in vain
         await tab.push("#now")
         await tab.until(ONLINE)
         await until(lambda: len(self.room.connections) == 1)  # that before the cut has ended
@@ -1966,10 +1964,8 @@ class Page(BrowserCase):
         await tab.until(f"{LINES}.at(-1) === 'Port4 left.'")
         self.assertEqual(await tab.evaluate(f"{LINES}.length"), 2)
         self.assertEqual(await tab.evaluate(TEXTS), ["0"])
-        log, messages = await tab.evaluate(
-            look("#log, #messages", "e.getBoundingClientRect().bottom")
-        )
-        self.assertAlmostEqual(log, messages, delta=2)
+        bottoms = look("#log, #messages", "e.getBoundingClientRect().bottom")
+        self.assertAlmostEqual(*await tab.evaluate(bottoms), delta=2)
 
     async def test_following(self):
         """Who is at the bottom, or speaks, follows what comes; for others a pill counts it."""
@@ -2084,9 +2080,7 @@ class Page(BrowserCase):
         await tab.evaluate("held.forEach(action => action())")
         await tab.until(f"{TEXTS}.includes('1499')")
         self.assertEqual(await tab.evaluate("batches.flat().length"), 500)
-        self.assertEqual(
-            await tab.evaluate(STATES), []
-        )  # it is older than those, and waits no more
+        self.assertEqual(await tab.evaluate(STATES), [])  # its own is older, and waits no more
 
     async def test_draft_grows(self):
         """Shift+Enter breaks the line, the draft grows to five lines, and Enter sends it all."""
@@ -2306,7 +2300,7 @@ class Wire(BrowserCase):
         async with Client(self.port):
             await tab.shows(f"{rows}.length", 2)
             row = (
-                "^near ← solid, far → dashed, The server: .* 2 online.* The server: to 1 other tab,"
+                "^near ← solid, far → dashed, The server: .* 2 online. The server: to 1 other tab,"
             )
             self.assertRegex((await tab.evaluate(rows))[1], row)
             lines = await tab.evaluate(LINES)
@@ -2394,6 +2388,10 @@ class Wire(BrowserCase):
             await tab.push("#pause")
             await tab.until(says("#wire", words))
             await tab.until(says("#wire", "10 × message"))
+
+    async def test_lost_in_a_storm(self):
+        """On a cut line a storm's losses fold by their way, and a goodbye is lost, too."""
+        tab = await self.open()
         await tab.push("#pause")
         await tab.push("#cut")
         await tab.evaluate("performance.now = () => 0")  # all at once
