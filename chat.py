@@ -10,9 +10,9 @@ text frame holds one JSON object. A client sends
 and the server pushes to every client, including the sender,
     {"type": "message", "username": "Port54321", "content": "hello",
      "id": "5eed", "nonce": "c0ffee", "time": "2026-11-26T09:30:00.000+00:00"}
-The sender chose the nonce. If a message does not come back, it is sent again with the same nonce,
-and the server drops a second copy. The server chose the id. `GET /ws?after=5eed` asks for what came
-later. Other frames are "welcome" (the history), "presence" (who joined or left) and "error".
+The sender chooses the nonce. If a message does not come back, its sender repeats both, and the
+server drops the duplicate. The server chooses the id. `GET /ws?after=5eed` asks for later messages.
+Other frames are "welcome" (the history), "presence" (who joined or left) and "error".
 """
 
 import argparse
@@ -66,17 +66,17 @@ class Room:
         self.stopping = False
 
     def join(self, connection: ServerConnection, after: str | None) -> str:
-        """Push a connection its welcome, add it to the room and return its name."""
-        # No await may come between copying the history and adding the connection. Other connections
-        # run during an await, and a message published then would be neither in the copy nor pushed.
+        """Welcome a connection, add it to the room and return its name."""
         name = port = f"Port{connection.remote_address[1]}"
         suffix = 2
         while name in self.names:  # Clients on two hosts can have the same port.
             name, suffix = f"{port}-{suffix}", suffix + 1
         self.names.add(name)
+        # Do not await between copying the history and adding the connection. Other tasks run during
+        # an await, and this client would never get a message that they publish then.
         ids = [message["id"] for message in self.history]
         start = ids.index(after) + 1 if after in ids else 0
-        gap = after is not None and after not in ids  # That one was forgotten, so others may be.
+        gap = after is not None and after not in ids  # Messages since `after` may be lost.
         more = {"online": len(self.names), "history": list(self.history)[start:], "gap": gap}
         content = f"Welcome! {name} is your name here, {len(self.names)} online."
         push([connection], {"type": "welcome", "username": name, "content": content, **more})
@@ -85,8 +85,8 @@ class Room:
         return name
 
     async def publish(self, message: dict[str, Any]) -> None:
-        """Remember a message and push it to every connection, unless the room already has it."""
-        # It is async so that a subclass can await a message broker (see README.md).
+        """Push a message to every connection and remember it, unless the room already has it."""
+        # Async so that a subclass can await a message broker (see README.md).
         known = [(old["nonce"], old["content"]) for old in self.history]
         if (message["nonce"], message["content"]) not in known:
             push(self.connections, message)
@@ -101,26 +101,26 @@ class Room:
 async def converse(room: Room, connection: ServerConnection) -> None:
     """Serve one connection, from its welcome to its end. websockets calls this for each one."""
     if len(room.connections) >= room.capacity:
-        connection.loop.call_later(CLOSE_TIMEOUT, connection.transport.abort)  # if it is deaf
+        connection.loop.call_later(CLOSE_TIMEOUT, connection.transport.abort)  # if unanswered
         await connection.close(1013, "The room is full. Try again in a minute.")
         return
     resume = re.search("[?&]after=([^&]+)", connection.request.path)  # type: ignore[union-attr]
     name = room.join(connection, resume[1] if resume else None)
-    sent_at = deque([-1.0] * MESSAGES_PER_SECOND)  # s, when the latest messages came; -1: long ago
+    came_at = deque([-1.0] * MESSAGES_PER_SECOND)  # times (s) of the latest frames; -1: long ago
     try:
         async for payload in connection:  # waits until this client sends a frame
-            wait = sent_at.popleft() + 1 - time.monotonic()
+            wait = came_at.popleft() + 1 - time.monotonic()
             if wait > 0:
                 await asyncio.sleep(wait)  # Nothing is read meanwhile, so the client has to wait.
                 if connection.state is not State.OPEN:
                     break  # The client has left. Drop the rest of its flood.
-            sent_at.append(time.monotonic())
+            came_at.append(time.monotonic())
             try:
                 await room.publish(parse_message(name, payload))
             except Refused as refused:
                 push([connection], refused.fields)
     except ConnectionClosed:
-        pass  # The connection broke, as connections do. After a close frame the loop just ends.
+        pass  # The connection broke. (A close frame ends the loop without an exception.)
     finally:
         room.leave(connection, name)
 
@@ -128,7 +128,7 @@ async def converse(room: Room, connection: ServerConnection) -> None:
 # The lesson ends here. The rest makes the chat robust. First, what clients send:
 MAX_CONTENT = 2_000  # characters (code points): a long paragraph, not a file
 MAX_NONCE = 64  # characters: enough for any UUID or hash
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape a lone one, UTF-8 cannot encode it
+SURROGATE = re.compile("[\ud800-\udfff]")  # unpaired: JSON allows it, UTF-8 does not
 
 
 class Refused(Exception):
@@ -139,7 +139,7 @@ class Refused(Exception):
 
 
 def parse_message(username: str, payload: str | bytes) -> dict[str, Any]:
-    """Return the message in a client's frame. Raises Refused."""
+    """Make a message from a client's frame, or raise Refused."""
     if isinstance(payload, bytes):
         raise Refused("Send a text frame, not a binary frame.")
     try:
@@ -150,21 +150,21 @@ def parse_message(username: str, payload: str | bytes) -> dict[str, Any]:
         raise Refused('Send a JSON object: {"content": "hello"}')
     content, nonce = sent.get("content"), sent.get("nonce", "")
     if "nonce" in sent and not (isinstance(nonce, str) and 1 <= len(nonce) <= MAX_NONCE):
-        raise Refused(f'Send a "nonce" of 1 to {MAX_NONCE} characters, or none.')
-    more = {"nonce": nonce} if nonce and not SURROGATE.search(nonce) else {}
+        raise Refused(f'Send 1 to {MAX_NONCE} characters as "nonce", or omit it.')
+    echo = {"nonce": nonce} if nonce and not SURROGATE.search(nonce) else {}
     if not isinstance(content, str) or not content.strip():
-        raise Refused('Send a "content" that is a string and not blank: {"content": "hi"}', **more)
+        raise Refused('Send a "content" that is a string and not blank: {"content": "hi"}', **echo)
     if SURROGATE.search(nonce + content):
-        raise Refused("Send text without unpaired surrogates: UTF-8 has no bytes for them.", **more)
+        raise Refused("Send text without unpaired surrogates: UTF-8 has no bytes for them.", **echo)
     content = content.strip()
     if len(content) > MAX_CONTENT:
-        raise Refused(f"Send at most {MAX_CONTENT:,} characters, not {len(content):,}.", **more)
+        raise Refused(f"Send at most {MAX_CONTENT:,} characters, not {len(content):,}.", **echo)
     id, now = secrets.token_urlsafe(12), datetime.now(UTC).isoformat(timespec="milliseconds")
     more = {"id": id, "nonce": nonce or id, "time": now}
     return {"type": "message", "username": username, "content": content, **more}
 
 
-PRESENCE_DELAY = 0.25  # seconds, so that however many join, a client gets four frames a second
+PRESENCE_DELAY = 0.25  # seconds: at most four frames a second, however many clients join
 HEARTBEAT = 20  # seconds: browsers hide pings from pages, so a frame shows that the server lives
 
 
@@ -253,7 +253,7 @@ class Connection(ServerConnection):
 
     def send_data(self) -> None:
         """Send the frames of one event loop iteration together, because system calls are slow.
-        websockets calls this after each frame. That is undocumented, and all works without this.
+        websockets calls this after each frame. Undocumented; the chat works without it.
         """
         if self.protocol.state is not State.OPEN:
             super().send_data()
@@ -268,7 +268,7 @@ class Connection(ServerConnection):
 
     def data_received(self, data: bytes) -> None:
         self.request_size += len(data) if self.state is State.CONNECTING else 0
-        # During a stop a client has only a close frame to send, and a flood would take seconds.
+        # During a stop, a client owes only a close frame. Reading a flood would take seconds.
         if self.request_size > MAX_REQUEST or (self.room.stopping and len(data) > 1024):
             self.transport.abort()
             return
@@ -297,11 +297,11 @@ def flush(unflushed: list[Connection]) -> None:
 
 
 # Starting and stopping
-CLOSE_TIMEOUT = 1  # second for clients to answer a close frame
+CLOSE_TIMEOUT = 1  # seconds to answer a close frame
 
 
 async def run(room: Room, host: str, port: int) -> None:
-    """Serve until SIGINT or SIGTERM. Raises SystemExit, with advice, if that is impossible."""
+    """Serve until SIGINT or SIGTERM. Raise SystemExit, with advice, if the start fails."""
     presence, loop = asyncio.create_task(announce_presence(room)), asyncio.get_running_loop()
 
     def stop(*_: Any) -> None:
@@ -324,7 +324,7 @@ async def run(room: Room, host: str, port: int) -> None:
 
 
 async def start(room: Room, host: str, port: int) -> websockets.Server:
-    """Return a server that listens. Raises SystemExit, with advice, if that is impossible."""
+    """Return a listening server. Raise SystemExit, with advice, if the start fails."""
     if not 0 <= port <= 65535:  # 65536 would wrap to 0, which means any free port.
         sys.exit("chat.py: choose a --port from 0 to 65535.")
     room.capacity = min(MAX_CONNECTIONS, raise_descriptor_limit(2 * MAX_CONNECTIONS) // 2)
@@ -350,7 +350,7 @@ async def start(room: Room, host: str, port: int) -> websockets.Server:
 
 
 def raise_descriptor_limit(wanted: int) -> int:
-    """Return how many sockets and files this process can open, as many as wanted if possible."""
+    """Raise the limit on open sockets and files towards `wanted`, and return the new limit."""
     with contextlib.suppress(ImportError):  # Windows has no such limit.
         import resource
 
@@ -365,7 +365,7 @@ def get_url(server: websockets.Server) -> str:
     """Return the address of the page, as other machines see it if the server listens to them."""
     listener = server.sockets[0]
     host, port = listener.getsockname()[:2]
-    # Connecting UDP sends nothing, but chooses an address. RFC 5737 and RFC 3849 reserve these two.
+    # A UDP connect sends nothing, but picks our address. RFC 5737 and 3849 reserve the targets.
     if destination := {"0.0.0.0": "192.0.2.1", "::": "2001:db8::1"}.get(host):
         host = "localhost"  # if there is no network
         with contextlib.suppress(OSError), socket.socket(listener.family, socket.SOCK_DGRAM) as udp:

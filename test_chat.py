@@ -548,7 +548,7 @@ REASONS = {  # words of the error, and frames: an object's fields, or a payload
     "not blank": [{"content": ""}, {"content": " \n\t\u3000", "nonce": "mine"}],
     "at most 2,000 characters, not 2,001": [{"content": "😀" * 2001, "nonce": "mine"}],
     "surrogates": [{"content": content} for content in ("\ud800", "a\udfff", "\ude00b")],
-    "nonce.* 1 to 64": [{"content": "a", "nonce": n} for n in (None, 5, 0, ["a"], "", "a" * 65)],
+    "1 to 64 .*nonce": [{"content": "a", "nonce": n} for n in (None, 5, 0, ["a"], "", "a" * 65)],
     "nonce|surrogates": [{"content": "hello", "nonce": "\ud800"}],
 }
 
