@@ -102,8 +102,7 @@ async def converse(room: Room, connection: ServerConnection) -> None:
     """Serve one connection, from its welcome to its end. websockets calls this for each one."""
     if len(room.connections) >= room.capacity:
         connection.loop.call_later(CLOSE_TIMEOUT, connection.transport.abort)  # if unanswered
-        await connection.close(1013, "The room is full. Try again in a minute.")
-        return
+        return await connection.close(1013, "The room is full. Try again in a minute.")
     resume = re.search("[?&]after=([^&]+)", connection.request.path)  # type: ignore[union-attr]
     name = room.join(connection, resume[1] if resume else None)
     came_at = deque([-1.0] * MESSAGES_PER_SECOND)  # times (s) of the latest frames; -1: long ago
@@ -113,7 +112,8 @@ async def converse(room: Room, connection: ServerConnection) -> None:
             if wait > 0:
                 await asyncio.sleep(wait)  # Nothing is read meanwhile, so the client has to wait.
                 if connection.state is not State.OPEN:
-                    break  # The client has left. Drop the rest of its flood.
+                    connection.transport.abort()  # The client has left, so drop its flood.
+                    break
             came_at.append(time.monotonic())
             try:
                 await room.publish(parse_message(name, payload))

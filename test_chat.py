@@ -7,9 +7,11 @@ import asyncio
 import base64
 import collections
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -17,6 +19,7 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +30,7 @@ from datetime import UTC, datetime, timedelta
 from unittest import mock
 
 import websockets
+from websockets.sync.client import connect
 
 import chat
 
@@ -866,6 +870,15 @@ class Load(ServerCase):
                 size += flood.socket.send(PING * 100)
         self.assertLess(size, 64 * 1024)
 
+    async def test_impossible_addresses_are_explained(self):
+        """A port or a host that cannot be served ends the program with advice."""
+        cases = {("127.0.0.1", port): "--port from 0 to 65535" for port in (-1, 65536)}
+        for host in "no.such.invalid", "a..b", "192.0.2.1":
+            cases[host, 0] = f"{re.escape(host)}.* --host"
+        for (host, port), advice in cases.items():
+            with self.subTest(host, port=port), self.assertRaisesRegex(SystemExit, advice):
+                await chat.start(self.room, host, port)
+
     async def test_it_serves_at_the_highest_port(self):
         """It serves at port 65535."""
         try:
@@ -942,6 +955,10 @@ class TwoServers(unittest.TestCase):
 class ProgramCase(Case):
     """Runs `python chat.py` as a user does."""
 
+    async def asyncSetUp(self):
+        await super().asyncSetUp()
+        self.processes = []
+
     async def runs(self, *options, program=HERE / "chat.py", shell="", python="", path=""):
         """Run chat.py, after some shell or Python code. Return its process."""
         command = [sys.executable, program, *options]
@@ -954,13 +971,14 @@ class ProgramCase(Case):
         environment.pop("PYTHONUNBUFFERED", None)  # It would hide that print does not flush.
         pipes = dict.fromkeys(["stdin", "stdout", "stderr"], asyncio.subprocess.PIPE)
         process = await asyncio.create_subprocess_exec(*command, env=environment, **pipes)
-        self.addAsyncCleanup(self.kills, process)
+        self.processes.append(process)
         return process
 
-    async def kills(self, process):
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
+    async def asyncTearDown(self):
+        for process in self.processes:  # before clients leave, who might wait for its answers
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.communicate()
 
     async def serves(self, *options, **more):
         """Run chat.py and wait until it serves. Return its process and the address it prints."""
@@ -1020,7 +1038,7 @@ class CommandLine(ProgramCase):
         """The printed address opens the page, from other machines too if it serves them."""
         outward = outward_address(socket.AF_INET, "192.0.2.1")
         outward6 = outward_address(socket.AF_INET6, "2001:db8::1")
-        cases = {"": "127.0.0.1", "--host 127.0.0.1": "127.0.0.1", "--host 0.0.0.0": outward}
+        cases = {"": "127.0.0.1", "--host 0.0.0.0": outward}
         cases |= {"--host ::1": "[::1]", "--host ::": f"[{outward6}]"}  # RFC 3986, section 3.2.2
         for options, host in cases.items():
             with self.subTest(options):
@@ -1058,11 +1076,7 @@ class CommandLine(ProgramCase):
         taken = self.enterContext(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
         alone, garbled = (self.enterContext(tempfile.TemporaryDirectory()) for _ in range(2))
         pathlib.Path(garbled, "index.html").write_bytes(b"\xff")
-        cases = {f"--port {taken}": f"port {taken}.* --port", "--port -1": "--port from 0 to 65535"}
-        cases |= {"--port 65536": "--port from 0 to 65535"}
-        for host in "no.such.invalid", "a..b", "192.0.2.1":
-            cases[f"--port 0 --host {host}"] = f"{re.escape(host)}.* --host"
-        runs = [(await self.runs(*options.split()), advice) for options, advice in cases.items()]
+        runs = [(await self.runs("--port", f"{taken}"), f"port {taken}.* --port")]
         for folder in alone, garbled:
             shutil.copy(HERE / "chat.py", folder)
             program = pathlib.Path(folder, "chat.py")
@@ -1077,7 +1091,7 @@ class CommandLine(ProgramCase):
         names = "ConnectionClosed = Request = Response = ServerConnection = State = object\n"
         package = {"__init__": "from .version import version as __version__\n"}
         current = package | {"__init__": package["__init__"] + names}
-        cases = {"10.4": package, "13.1": package, "14.0": current, "16.0": current}
+        cases = {"10.4": package, "13.1": package, "16.0": current}
         runs = {"none": await self.runs(python="import sys; sys.modules['websockets'] = None")}
         for version, files in cases.items():
             folder = self.enterContext(tempfile.TemporaryDirectory())
@@ -1226,3 +1240,1364 @@ class Stopping(ProgramCase):
             line.vanish()
         process.terminate()
         await self.ends(process)
+
+
+# The page with its wire, in Chromium
+
+# What people see, as JavaScript. It leaves out what is invisible.
+SIGHTS = r"""
+window.sights = (() => {
+    const all = selector => (
+        [...document.querySelectorAll(selector)].filter(e => e.checkVisibility()));
+    const words = e => (e?.checkVisibility() ? e.innerText : "").replace(/\s+/g, " ").trim();
+    const one = selector => words(document.querySelector(selector));
+    const join = (...parts) => parts.filter(Boolean).join(" ");
+    const label = button => (button.ariaLabel || words(button)).replace(/ \(\d+ s\)$/, "");
+    const leg = part => join(...[...part.children].map(e => e.textContent.trim()));
+    const log = () => all("#messages [data-id]").map(e => (
+        join(e.dataset.kind, e.dataset.state, e.querySelector(".text").innerText)));
+    return {
+        all, words, log, last: () => log().at(-1),
+        bubbles: () => all("#messages [data-id]").map(words),
+        names: () => all("#messages .by").map(words),
+        lines: () => all("#messages [data-kind=system]").map(words),
+        wire: () => all("#wire > li").map(row => join(`${row.dataset.kind}:`,
+            ...[...row.querySelectorAll(".leg")].map(leg), words(row.querySelector(".note")))),
+        when: () => words(all("#wire .when").at(-1)),
+        opened: () => all("#wire pre").map(e => e.innerText).join("").replace(/ +\n/g, "\n"),
+        counts: () => ["frames-up", "bytes-up", "frames-down", "bytes-down"].map(id => (
+            Number(one(`#${id}`).replace(/\D/g, "")))),
+        online: () => Number(one("#online")), name: () => one("#name"), alone: () => one("#alone"),
+        status: () => one("#status"), countdown: () => one("#countdown"),
+        guide: () => one("#steps"), counter: () => one("#counter"), title: () => document.title,
+        buttons: () => all("button").map(label),
+        draft: () => document.querySelector("#draft").value,
+        focus: () => document.activeElement.id || document.activeElement.tagName,
+        spoken: () => [...document.querySelectorAll("[aria-live=polite] p")].map(words),
+        has_joined: () => one("#messages [data-kind=system]").includes(one("#name")),
+        reads_the_end: () => all("#messages li").at(-1).getBoundingClientRect().bottom
+            <= document.querySelector("#log").getBoundingClientRect().bottom,
+        place(text) {  // the middle of a button or a row of that name, if a click there reaches it
+            const part = all("button").find(e => label(e) === text)
+                ?? all("summary").findLast(e => words(e).includes(text));
+            part?.scrollIntoView({block: "nearest"});
+            const {x, y, width, height} = part?.getBoundingClientRect() ?? {};
+            const point = [x + width / 2, y + height / 2];
+            return part?.contains(document.elementFromPoint(...point)) ? point : null;
+        },
+    };
+})();
+"""
+
+# The page's clock. Time stands still until it passes, except pauses for drawing.
+CLOCK = """
+window.clock = (() => {
+    const timers = new Map(), began = Date.now(), [later, cancel] = [setTimeout, clearTimeout];
+    let now = 1_000, asleep = 0, ids = 1_000_000;  // now and asleep in ms
+    const start = (action, ms = 0, every) => {
+        if (ms < 100) return later(action, ms);
+        timers.set(++ids, {action, due: now + ms, every});
+        return ids;
+    };
+    window.setTimeout = (action, ms) => start(action, ms);
+    window.setInterval = (action, ms) => start(action, ms, ms);
+    window.clearTimeout = id => { if (!timers.delete(id)) cancel(id); };
+    performance.now = () => now;
+    Date.now = () => began + now + asleep;
+    AbortSignal.timeout = ms => {
+        const controller = new AbortController();
+        start(() => controller.abort(), ms);
+        return controller.signal;
+    };
+    const passes = async (ms, end = now + ms) => {
+        const [first] = [...timers].sort(([, one], [, other]) => one.due - other.due);
+        const [id, timer] = first?.[1].due <= end ? first : [];
+        now = timer?.due ?? end;
+        if (!timer) return;
+        if (timer.every) timer.due += timer.every; else timers.delete(id);
+        timer.action();
+        await passes(0, end);
+    };
+    return {passes, sleeps: ms => { asleep += ms; }};
+})();
+"""
+
+
+class Chromium:
+    """A headless Chromium in a folder of its own."""
+
+    FLAGS = (
+        "--headless --remote-debugging-port=0 --disable-background-networking --disable-gpu "
+        "--disable-component-update --disable-sync --no-first-run --disable-quic --no-sandbox "
+        "--disable-dev-shm-usage --disable-back-forward-cache"  # The sandbox cannot serve root.
+    )
+    NAMES = (
+        *(os.environ.get("CHROME", ""), "chromium", "chromium-browser", "google-chrome", "msedge"),
+        "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+        r"C:\Program Files\Google\Chrome\Application\chrome.exe",
+        r"C:\Program Files (x86)\Microsoft\Edge\Application\msedge.exe",
+    )
+
+    def __init__(self):
+        path = next(filter(None, map(shutil.which, self.NAMES)), None)
+        if not path:
+            skip("no Chromium was found: install Chromium or Chrome, or set CHROME to its path")
+        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        more = (
+            f"--user-data-dir={self.folder.name}",
+            "--host-resolver-rules=MAP chat.example 127.0.0.1",
+        )
+        self.idle = []  # ids of tabs that tests have finished with
+        log = pathlib.Path(self.folder.name, "log")
+        with log.open("wb") as output:
+            command = [path, *self.FLAGS.split(), *more]
+            self.process = subprocess.Popen(command, stdout=output, stderr=output)
+        deadline = MONOTONIC() + 5 * PATIENCE
+        while not (found := re.search("DevTools listening on (.+)\n", log.read_text())):
+            if self.process.poll() is not None or MONOTONIC() > deadline:
+                self.process.kill()
+                raise AssertionError(f"{path} does not start: {log.read_text()}")
+            time.sleep(0.02)
+        self.url = found[1]
+
+    def quit(self):
+        with connect(self.url, proxy=None) as devtools:  # If killed, it would leave files behind.
+            devtools.send(json.dumps({"id": 0, "method": "Browser.close"}))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(PATIENCE)
+        self.process.kill()
+        self.process.wait()
+        self.folder.cleanup()
+
+
+@functools.cache
+def chromium():
+    """Return the browser that all tests share."""
+    browser = Chromium()
+    unittest.addModuleCleanup(browser.quit)
+    return browser
+
+
+class Tab:
+    """A browser tab. Its verbs are what people do with it and what they see.
+
+    It speaks https://chromedevtools.github.io/devtools-protocol/. Later tests use the tab again.
+    """
+
+    def __init__(self, browser):
+        self.browser, self.ids = browser, itertools.count()
+        self.answers, self.events, self.is_hidden = {}, [], False
+
+    # Six methods that other browsers override
+    async def opens(self, url, before):
+        """Open a page. Some JavaScript runs before its own."""
+        self.url = url
+        if not self.browser.idle:
+            await self.attaches()
+            window = {"url": "about:blank", "newWindow": True, "width": 1280, "height": 900}
+            target = await self.call("Target.createTarget", **window)
+            await self.detaches()
+            self.browser.idle.append(target["targetId"])
+        self.target = self.browser.idle.pop()
+        await self.attaches(self.target)
+        domains = "Page", "Runtime", "Log", "Network"
+        await asyncio.gather(*(self.call(f"{domain}.enable") for domain in domains))
+        await self.call("Emulation.setLocaleOverride", locale="en-US")
+        await self.call("Page.addScriptToEvaluateOnNewDocument", source=before)
+        await self.call("Page.navigate", url=url)
+
+    async def closes(self):
+        await self.call("Page.disable")  # It ends the script that runs before the page's own.
+        await self.evaluate("try { localStorage.clear(), sessionStorage.clear() } catch {}")
+        if self.is_hidden:
+            await self.hides(False)
+        await self.call("Page.navigate", url="about:blank")
+        await self.detaches()
+        self.browser.idle.append(self.target)
+
+    async def evaluate(self, expression):
+        """Return the value of a JavaScript expression."""
+        more = {"returnByValue": True, "awaitPromise": True, "userGesture": True}
+        answer = await self.call("Runtime.evaluate", expression=expression, **more)
+        if "exceptionDetails" in answer:
+            raise AssertionError(f"{expression}: {answer['exceptionDetails']}")
+        return answer["result"].get("value")
+
+    async def types(self, text):
+        await self.call("Input.insertText", text=text)
+
+    async def presses(self, key, **more):
+        """Press and release a key, or Shift and a key."""
+        shift, _, key = key.rpartition("+")
+        code, text = {"Tab": (9, ""), "Enter": (13, "\r")}[key]
+        more = {"key": key, "windowsVirtualKeyCode": code, "modifiers": 8 * bool(shift)} | more
+        await self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **more)
+        await self.call("Input.dispatchKeyEvent", type="keyUp", **more)
+
+    async def clicks_at(self, x, y):
+        for type in "mousePressed", "mouseReleased":
+            mouse = {"x": x, "y": y, "button": "left", "clickCount": 1}
+            await self.call("Input.dispatchMouseEvent", type=type, **mouse)
+
+    # DevTools
+    async def attaches(self, target=None):
+        """Connect to the DevTools of a tab, or of the browser."""
+        url = self.browser.url
+        if target:
+            url = url.partition("/devtools/")[0] + f"/devtools/page/{target}"
+        self.devtools = await websockets.connect(url, proxy=None, max_size=None)
+        self.reading = asyncio.create_task(self.reads())
+
+    async def detaches(self):
+        await self.devtools.close()
+        await self.reading
+
+    async def reads(self):
+        with contextlib.suppress(websockets.ConnectionClosed):
+            async for payload in self.devtools:
+                event = json.loads(payload)
+                answer = self.answers.pop(event.get("id"), None)
+                if not answer:
+                    self.events.append(event)
+                elif not answer.done():  # or a timeout has ended the wait
+                    answer.set_result(event)
+
+    async def call(self, method, **params):
+        """Call a method of the protocol. Return its result."""
+        id = next(self.ids)
+        answer = self.answers[id] = asyncio.get_running_loop().create_future()
+        await self.devtools.send(json.dumps({"id": id, "method": method, "params": params}))
+        async with asyncio.timeout(PATIENCE):
+            return (await answer).get("result", {"result": {}})  # none if the page goes
+
+    def heard_of(self, method):
+        """Return the parameters of the events of one kind so far."""
+        return [event["params"] for event in self.events if event["method"] == method]
+
+    def frames(self, way):
+        """Return the payloads of the frames that were "Sent" or "Received" so far."""
+        events = self.heard_of(f"Network.webSocketFrame{way}")
+        return [event["response"]["payloadData"] for event in events]
+
+    def sent(self):
+        return [json.loads(payload) for payload in self.frames("Sent")]
+
+    def problems(self):
+        """Return the errors in the console, except those about a server that is not there."""
+        errors = [event["entry"] for event in self.heard_of("Log.entryAdded")]
+        errors = [e for e in errors if not re.search("ERR_|WebSocket connection", e["text"])]
+        return errors + self.heard_of("Runtime.exceptionThrown")
+
+    async def hides(self, yes=True):
+        """Put the window away, or bring it back."""
+        window = (await self.call("Browser.getWindowForTarget"))["windowId"]
+        bounds = {"windowState": "minimized" if yes else "normal"}
+        await self.call("Browser.setWindowBounds", windowId=window, bounds=bounds)
+        self.is_hidden = yes
+        await self.waits_for(f"document.hidden === {json.dumps(yes)}")
+
+    async def resizes(self, width, height):
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        await self.call("Emulation.setDeviceMetricsOverride", **metrics)
+
+    async def scrolls(self, y):
+        """Turn the mouse wheel over the conversation, up if y is negative."""
+        mouse = {"type": "mouseWheel", "x": 200, "y": 300, "deltaX": 0, "deltaY": y}
+        await self.call("Input.dispatchMouseEvent", **mouse)
+
+    # Verbs for every browser
+    async def is_ready(self, **expected):
+        """Wait until the page has loaded and shows this, or that it has joined."""
+        await self.waits_for("window.sights && document.readyState === 'complete'")
+        await self.sees(**expected or {"status": "Connected", "has_joined": True})
+        (self.name,) = await self.looks("name")
+
+    async def reloads(self):
+        await self.evaluate("sights = null, location.reload()")
+        await self.is_ready()
+
+    async def looks(self, *names):
+        """Return what people see of this."""
+        return await self.evaluate(f"[{','.join(f'sights.{name}()' for name in names)}]")
+
+    async def waits_for(self, condition):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE):
+                while not await self.evaluate(f"Boolean({condition})"):
+                    await asyncio.sleep(0.01)
+                return
+        raise AssertionError(f"not true: {condition}")
+
+    async def sees(self, wire=None, **expected):
+        """Wait until people see this: values, or texts that contain the expected ones. Of the wire
+        patterns of its last rows are expected, without presence unless one of them expects it.
+        """
+        names = [*expected] + ["wire"] * (wire is not None)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE):
+                while True:
+                    seen = dict(zip(names, await self.looks(*names), strict=True))
+                    if fits(seen, expected) and fits_wire(seen.get("wire"), wire):
+                        return
+                    await asyncio.sleep(0.01)
+        raise AssertionError(f"seen: {seen}\nexpected: {expected} {wire}")
+
+    async def says(self, *texts):
+        for text in texts:
+            await self.types(text)
+            await self.presses("Enter")
+
+    async def clicks(self, name):
+        """Click a button, or else the last row of the wire, by a name that people see."""
+        await self.waits_for(place := f"sights.place({json.dumps(name)})")
+        await self.clicks_at(*await self.evaluate(place))
+
+    async def passes(self, seconds):
+        """Let time pass on the page's clock."""
+        await self.evaluate(f"clock.passes({1000 * seconds})")
+
+
+def fits(seen, expected):
+    """Return whether all that is expected is seen, and in the case of a text, is part of it."""
+    return all(
+        value in f"{seen[name]}" if value and isinstance(value, str) else value == seen[name]
+        for name, value in expected.items()
+    )
+
+
+def fits_wire(rows, patterns):
+    if not patterns:
+        return rows == patterns
+    if not any("presence" in pattern for pattern in patterns):
+        rows = [row for row in rows if not row.startswith("presence")]
+    rows = rows[-len(patterns) :]
+    return len(rows) == len(patterns) and all(map(re.search, patterns, rows))
+
+
+class PageCase(ServerCase):
+    """A room of its own for each test, and tabs in it."""
+
+    def setUp(self):
+        self.browser = chromium()
+
+    async def asyncSetUp(self):
+        self.transports, connection_made = [], chat.Connection.connection_made
+
+        def record(connection, transport):
+            self.transports.append(transport)
+            connection_made(connection, transport)
+
+        self.enterContext(mock.patch.object(chat.Connection, "connection_made", record))
+        self.set(PRESENCE_DELAY=0)
+        await super().asyncSetUp()
+
+    async def stops(self, server):
+        server.close()
+        for transport in self.transports:
+            transport.abort()  # Chromium keeps spare connections.
+        await super().stops(server)
+
+    async def goes_down(self):
+        """Stop the server, as a signal does."""
+        self.server.close()
+        await self.has(0)
+        await self.stops(self.server)
+
+    def cuts_off(self, name=""):
+        """Break the connections of that name, or all, without a close frame."""
+        for connection in self.room.connections:
+            if name in ("", f"Port{connection.remote_address[1]}"):
+                connection.transport.abort()
+
+    async def opens(self, before="", host="127.0.0.1", **expected):
+        """Return a tab that has opened the page and sees this."""
+        tab = Tab(self.browser)
+        await tab.opens(f"http://{host}:{self.port}/", SIGHTS + CLOCK + before)
+        self.addAsyncCleanup(self.closes, tab)
+        await tab.is_ready(**expected)
+        return tab
+
+    async def closes(self, tab):
+        await tab.closes()
+        self.assertEqual(tab.problems(), [])
+
+    def holds(self):
+        """Hold messages back, before they are published, until the returned event is set."""
+        released, publish = asyncio.Event(), self.room.publish
+
+        async def hold(message):
+            await released.wait()
+            await publish(message)
+
+        self.enterContext(mock.patch.object(self.room, "publish", hold))
+        self.addCleanup(released.set)
+        return released
+
+    async def shows(self, content, **more):
+        """Publish a message with more fields, such as its nonce, even if messages are held back."""
+        message = chat.parse_message("Port1", json.dumps({"content": content})) | more
+        await chat.Room.publish(self.room, message)
+
+    async def floods(self, count):
+        """Publish many messages within one iteration of the event loop."""
+        await self.publishes(*(f"{number}" for number in range(count)))
+
+    def pushes(self, *frames):
+        for frame in frames:
+            chat.push(self.room.connections, frame)
+
+
+HEARTBEAT = {"type": "presence", "username": "server", "content": "", "online": 1}
+ERROR = {"type": "error", "username": "server", "content": "Not now."}
+ONLINE = "window.dispatchEvent(new Event('online'))"
+WAKING = [  # what happens to a page when its computer or its tab wakes up
+    ONLINE,
+    "window.dispatchEvent(new Event('pageshow'))",
+    "document.dispatchEvent(new Event('visibilitychange'))",
+]
+
+
+class Talking(PageCase):
+    async def test_two_tabs_talk(self):
+        """Two tabs show what each says, markup as text, after one request over HTTP each."""
+        first, second = await self.opens(), await self.opens()
+        markup = "<img src=x onerror=alert()>&amp;"
+        await first.says("hello")
+        await second.sees(log=["other hello"], online=2)
+        await second.types(markup)
+        await second.clicks("Send")
+        await first.sees(log=["own delivered hello", f"other {markup}"])
+        await second.sees(log=["other hello", f"own delivered {markup}"], draft="", focus="draft")
+        urls = [event["request"]["url"] for event in first.heard_of("Network.requestWillBeSent")]
+        self.assertEqual([url for url in urls if url[:5] != "data:"], [first.url])
+        self.assertEqual(len(first.heard_of("Network.webSocketCreated")), 1)
+
+    async def test_a_message_waits_for_its_echo(self):
+        """A message stands below all others until its echo comes, then where everyone has it."""
+        released, tab = self.holds(), await self.opens()
+        await tab.says("one", "two")
+        await until(lambda: len(tab.sent()) == 2)
+        await self.shows("news")
+        await tab.sees(log=["other news", "own waiting one", "own waiting two"])
+        await self.shows("two", nonce=tab.sent()[1]["nonce"])
+        await tab.sees(log=["other news", "own delivered two", "own waiting one"])
+        bubbles = "\n".join((await tab.looks("bubbles"))[0])
+        self.assertRegex(bubbles, "two ✓ delivered\n.*one ◷ waiting$")
+        released.set()
+        await tab.sees(log=["other news", "own delivered two", "own delivered one"])
+
+    async def test_20_messages_are_in_flight(self):
+        """At most 20 messages are sent ahead of their echoes. The rest follows in order."""
+        released, tab, said = self.holds(), await self.opens(), [f"{n}" for n in range(22)]
+        await tab.says(*said)
+        await tab.sees(log=[f"own waiting {content}" for content in said])
+        self.assertEqual([frame["content"] for frame in tab.sent()], said[:20])
+        released.set()
+        await tab.sees(log=[f"own delivered {content}" for content in said])
+
+    async def test_white_space_is_stripped(self):
+        """White space around a message goes, as on the server, and a blank message stays."""
+        tab = await self.opens()
+        await tab.says(" \n\u3000", "\n\x1c\x85 hello\n\n  there \x1f\x85\u3000")
+        await tab.sees(log=["own delivered hello\n\n  there"])
+
+    async def test_a_refused_message_can_be_edited(self):
+        """A refused message shows why, also after a reload. Edit takes it back into the draft."""
+        tab, log = await self.opens(), ["own refused one", "own waiting two"]
+        with mock.patch.object(self.room, "publish", mock.AsyncMock()):  # It publishes nothing.
+            await tab.says("one", "two")
+            await until(lambda: len(tab.sent()) == 2)
+            self.pushes(ERROR | tab.sent()[0] | {"content": "Not now."})
+            await tab.sees(log=log, spoken="Not now.")
+            await tab.types("draft")
+            await tab.reloads()
+            await tab.sees(log=log, draft="draft", bubbles="one ✗ not delivered: Not now. Edit")
+            await tab.clicks("Edit")
+            await tab.sees(log=log[1:], draft="one\ndraft", focus="draft")
+        await tab.reloads()
+        await tab.sees(log=["own delivered two"], draft="one\ndraft")
+        await tab.presses("Enter")
+        await tab.sees(log=["own delivered two", "own delivered one\ndraft"])
+
+    async def test_a_message_is_shown_once(self):
+        """Messages are the same by nonce and content, whatever their id and what a translation
+        has made of their text."""
+        released, tab = self.holds(), await self.opens()
+        translate = "sights.all('.text').map(e => { e.textContent += '!'; })"
+        await tab.says("mine")
+        await tab.sees(log=["own waiting mine"])
+        nonce = tab.sent()[0]["nonce"]
+        await self.shows("not mine", nonce=nonce)
+        await tab.sees(log=["other not mine", "own waiting mine"])
+        await tab.evaluate(translate)
+        released.set()
+        await tab.sees(log=["other not mine!", "own delivered mine"])
+        await tab.evaluate(translate)
+        self.room.history.clear()  # as a crash does
+        for content in "mine", "not mine", "nor this":
+            await self.shows(content, nonce=nonce)
+        await tab.sees(log=["other not mine!!", "own delivered mine!", "other nor this"])
+
+    async def test_a_duplicated_tab(self):
+        """If a tab is duplicated while a message waits, everyone sees that message once."""
+        released, tab = self.holds(), await self.opens()
+        await tab.says("both")
+        await tab.sees(log=["own waiting both"])
+        copy = await tab.evaluate("JSON.stringify(sessionStorage)")
+        twin = await self.opens(f"sessionStorage.length || Object.assign(sessionStorage, {copy})")
+        released.set()
+        for each in tab, twin:
+            await each.sees(log=["own delivered both"])
+        await tab.says("later")
+        await twin.sees(log=["own delivered both", "other later"])
+
+    async def test_a_bad_frame_costs_only_itself(self):
+        """Frames that are unknown or cannot be drawn cost nothing else. An error is shown."""
+        tab = await self.opens()
+        for kind in "typing", "presence", ["message"], "message":
+            self.pushes({"type": kind, "content": 5, "online": "x"})
+        self.pushes(5, None, "text", ["a"], {}, {"type": "message", "id": "a", "time": "no time"})
+        await self.shows("1")
+        self.pushes(ERROR)
+        await tab.says("hello")
+        await tab.sees(last="own delivered hello", log="other 1", lines="Not now.")
+        tab.events.clear()  # The console may have complained.
+
+    async def test_nothing_counts_before_the_welcome(self):
+        """If a message comes before the welcome, all of the history is still shown."""
+        await self.floods(2)
+        join = self.room.join
+
+        def hasty_join(connection, after):
+            chat.push([connection], self.room.history[1] | {"id": "2", "content": "2"})
+            return join(connection, after)
+
+        with mock.patch.object(self.room, "join", hasty_join):
+            tab = await self.opens()
+        await tab.sees(log=["other 0", "other 1"])
+
+
+class Connecting(PageCase):
+    async def test_the_status_says_why(self):
+        """The status says how the connection is, and why it ended. A button offers what helps."""
+        tab, again = await self.opens(), "Reconnect now"
+
+        async def closes(code, reason=""):
+            (connection,) = self.room.connections
+            await connection.close(code, reason)
+
+        async def breaks():
+            self.cuts_off()
+
+        for act, status, button in [
+            ("Hang up", "Disconnected. Your messages will wait.", "Call again"),
+            ("Call again", "Connected", "Hang up"),
+            (functools.partial(closes, 1011), "Closed with code 1011", again),
+            (again, "Connected", "Hang up"),
+            (functools.partial(closes, 4000, "Lunch."), "Lunch.", again),
+            (again, "Connected", "Hang up"),
+            (breaks, "No connection", again),
+            (again, "The room is full. Try again in a minute.", again),
+            (again, "Connected", "Hang up"),
+            (self.goes_down, "The server has stopped", again),
+            (again, "No connection", again),
+        ]:
+            with self.subTest(status):
+                self.room.capacity = 0 if "full" in status else 9
+                await (tab.clicks(act) if isinstance(act, str) else act())
+                await tab.sees(status=status, buttons=button)
+                self.assertEqual(again in (await tab.looks("buttons"))[0], button == again)
+
+    async def test_a_refused_websocket(self):
+        """If the server answers over HTTP but refuses the WebSocket, status and wire say so."""
+        why = "WebSocket refused. The server's terminal says why."
+        with self.assertLogs(), mock.patch.object(chat, "same_origin", return_value=False):
+            tab = await self.opens(status=why)
+            await tab.clicks("Reconnect now")
+            await tab.sees(["^request", "^refused: The server: refused"] * 2, status=why)
+            await tab.clicks("refused")
+            await tab.sees(opened="did not answer with 101")
+        await tab.clicks("Reconnect now")
+        await tab.sees(status="Connected")
+
+    async def test_only_http_asks_during_an_outage(self):
+        """A tab opens no WebSocket that would fail, because Firefox delays the next one then."""
+        tab = await self.opens("Math.random = () => 0;")
+        await self.goes_down()
+        await tab.sees(status="The server has stopped")
+        for count in range(4):
+            await tab.passes(2**count / 2)
+            await tab.sees(["^close: The server: no answer to HEAD /"] * (count + 1))
+        self.assertEqual(len(tab.heard_of("Network.webSocketCreated")), 1)
+        await self.serves(self.port)
+        await tab.passes(8)
+        await tab.sees(["no answer", *OPENING, "^welcome"], status="Connected")
+
+    async def delays(self, start):
+        """Serve again. Answer requests that start so only when the returned event is set."""
+        released, answer = asyncio.Event(), chat.answer
+
+        async def answer_late(page, connection, request):
+            if f"{request.method} {request.path}".startswith(start):
+                await released.wait()
+            return answer(page, connection, request)
+
+        self.enterContext(mock.patch.object(chat, "answer", answer_late))
+        await self.serves()
+        self.addCleanup(released.set)
+        return released
+
+    async def test_a_slow_way(self):
+        """An opening that takes 12 s succeeds. One that takes 45 s is given up."""
+        released = await self.delays("GET /ws")
+        tab = await self.opens(status="Connecting")
+        await tab.says("early")
+        await tab.passes(44)
+        await tab.sees(status="Connecting", log=["own waiting early"])
+        await tab.passes(1)
+        await tab.sees(["^request", "^close: The server: no answer"], status="No connection")
+        await tab.clicks("Reconnect now")
+        await tab.sees(["^close", "^request"])
+        await tab.passes(12)
+        released.set()
+        await tab.sees(status="Connected", log=["own delivered early"])
+
+    async def test_a_server_that_does_not_answer(self):
+        """A request over HTTP that nobody answers ends after 20 s."""
+        await self.delays("HEAD")
+        tab = await self.opens()
+        self.cuts_off()
+        await tab.sees(status="No connection")
+        await tab.clicks("Reconnect now")
+        await tab.passes(19)
+        self.assertNotIn("Reconnect now", (await tab.looks("buttons"))[0])
+        await tab.passes(1)
+        await tab.sees(["no answer to HEAD /"], buttons="Reconnect now")
+
+    async def test_waking_up(self):
+        """A tab that wakes up reconnects at once, also if it heard nothing for 25 s, but not
+        after hanging up."""
+        tab, opening = await self.opens(), ["^close", *OPENING, "^welcome"]
+        for wake in WAKING:
+            with self.subTest(wake):
+                self.cuts_off()
+                await tab.sees(status="No connection")
+                await tab.evaluate(f"{wake}, {wake}")
+                await tab.sees(opening, status="Connected")
+                await tab.evaluate(f"clock.sleeps(24000), {wake}")
+                await tab.sees(opening, status="Connected")
+                await tab.evaluate(f"clock.sleeps(2000), {wake}")
+                await tab.sees(["no answer", *opening[1:]], status="Connected")
+                await tab.clicks("Hang up")
+                await tab.evaluate(wake)
+                await self.has(0)
+                await tab.sees(["^welcome", "close 1000"], status="Disconnected")
+                await tab.passes(1)
+                await tab.clicks("Call again")
+                await tab.sees(opening, status="Connected")
+                await tab.passes(1)
+
+    async def test_delays_double(self):
+        """The delays to reconnect double from 1 s to 30 s, half by chance, with a countdown."""
+        tab = await self.opens()
+        await self.goes_down()
+        await tab.sees(status="The server has stopped")
+        for chance, delays in (0, [0.5, 1, 2, 4, 8, 15, 15]), (1, [1, 2, 4, 8, 16, 30, 30]):
+            await tab.evaluate(f"Math.random = () => {chance}")
+            await tab.clicks("Hang up")
+            await tab.clicks("Call again")
+            for delay in delays:
+                with self.subTest(chance=chance, delay=delay):
+                    await tab.sees(status="No connection", buttons="Reconnect now")
+                    await tab.passes(0.25)
+                    await tab.sees(countdown=f"({math.ceil(delay - 0.25)} s)")
+                    await tab.passes(delay - 0.3)
+                    await tab.sees(countdown="(1 s)")
+                    await tab.passes(0.05)
+                    await tab.sees(countdown="")
+
+    async def test_delays_start_over(self):
+        """After 10 s with a connection the delays start over, not sooner."""
+        tab = await self.opens("Math.random = () => 1;")
+        for seconds, delay in (9, 1), (9, 2), (11, 1):
+            await tab.passes(seconds)
+            self.cuts_off()
+            await tab.sees(status="No connection")
+            await tab.passes(0.25)
+            await tab.sees(countdown=f"({delay} s)")
+            await tab.passes(delay)
+            await tab.sees(status="Connected")
+
+    async def beats(self, tab):
+        """Push a heartbeat, and wait until the tab has it."""
+        ((_, _, frames, _),) = await tab.looks("counts")
+        self.pushes(HEARTBEAT)
+        await tab.waits_for(f"sights.counts()[2] > {frames}")
+
+    async def test_a_dead_connection_is_noticed(self):
+        """A connection counts as dead after 45 s without a frame, or 5 s if an echo is due."""
+        self.holds()
+        tab = await self.opens()
+        await tab.passes(44)
+        await self.beats(tab)
+        await tab.passes(44)
+        await tab.sees(status="Connected")
+        await tab.passes(1)
+        await tab.sees(["no answer code 1006: no close frame came"], status="No connection")
+        await tab.clicks("Reconnect now")
+        await tab.sees(status="Connected")
+        await tab.says("one")
+        await tab.passes(4)
+        await tab.says("two")
+        await tab.sees(status="Connected")
+        await tab.passes(1)
+        await tab.sees(log=["own waiting one", "own waiting two"], status="No connection")
+
+    async def test_a_dead_way_up_is_noticed(self):
+        """If others' frames come but no echo for 15 s, the connection counts as dead. Echoes that
+        come more slowly than their messages keep it alive."""
+        self.holds()
+        tab = await self.opens()
+        await tab.says("0", "1", "2", "3")
+        await until(lambda: len(tab.sent()) == 4)
+        for number in range(4):
+            for _ in range(3):
+                await tab.passes(4)
+                await self.beats(tab)
+            await tab.sees(status="Connected")
+            if number < 3:
+                await self.shows(f"{number}", nonce=tab.sent()[number]["nonce"])
+                await tab.sees(log=f"own delivered {number}")
+        await tab.passes(3)
+        await tab.sees(last="own waiting 3", status="No connection")
+
+    async def test_nothing_is_lost_or_doubled(self):
+        """However a connection ends, the tab shows what it missed and sends what waits, once."""
+        friend, said = await self.joins(), ["one", "two", "missed", "mine"]
+        log = ["own delivered one", "other two", "other missed", "own delivered mine"]
+        ways = {"Hang up": "Call again", "Cut the line": "Mend the line", "": "Reconnect now"}
+        for leave, come_back in ways.items():
+            with self.subTest(leave):
+                self.room.history.clear()
+                tab = await self.opens()
+                await tab.says("one")
+                await friend.hears("one")
+                await friend.says("two")
+                await tab.sees(log=log[:2])
+                last = self.room.history[-1]["id"]
+                await (tab.clicks(leave) if leave else asyncio.sleep(0, self.cuts_off(tab.name)))
+                await friend.says("missed")
+                await friend.hears("two", "missed")
+                await tab.says("mine")
+                await tab.sees(log=[*log[:2], "own waiting mine"])
+                await tab.clicks(come_back)
+                await tab.sees(log=log, status="Connected")
+                await friend.hears("mine")
+                self.assertEqual([message["content"] for message in self.room.history], said)
+                url = tab.heard_of("Network.webSocketCreated")[-1]["url"]
+                self.assertEqual(url, f"ws://127.0.0.1:{self.port}/ws?after={last}")
+
+    async def test_a_divider_shows_a_gap(self):
+        """A line says where messages may be missing, also in a tab that joined an empty room and
+        then missed more than 50."""
+        cases = [([], 3, 1, 0), ([], 60, 1, 1), (["before"], 0, 3, 1)]
+        for said, missed, times, dividers in cases:
+            with self.subTest(said=said, missed=missed):
+                self.room.history.clear()
+                tab = await self.opens()
+                await tab.says(*said)
+                await tab.sees(log=[f"own delivered {content}" for content in said])
+                for _ in range(times):
+                    self.room.history.clear()
+                    await tab.clicks("Hang up")
+                    await self.has(0)
+                    await self.floods(missed)
+                    await tab.clicks("Call again")
+                    await tab.sees(status="Connected")
+                await tab.says("end")
+                await tab.sees(last="own delivered end")
+                lines, rows = await tab.looks("lines", "wire")
+                self.assertEqual(f"{lines}".count("may be missing"), dividers)
+                self.assertEqual("missed, or more" in f"{rows}", bool(dividers))
+                await tab.clicks("Hang up")
+
+    async def test_a_restart_of_the_server(self):
+        """Over a restart, tabs keep what they show, say what waits once, and mark the gap."""
+        first, second = await self.opens(), await self.opens()
+        await first.says("before")
+        await second.sees(log=["other before"])
+        await self.goes_down()
+        await first.sees(status="The server has stopped")
+        await first.says("meanwhile")
+        await first.sees(log=["own delivered before", "own waiting meanwhile"])
+        self.room.history.clear()
+        await self.serves(self.port)
+        for tab in first, second:
+            await tab.passes(1)
+            await tab.sees(status="Connected", lines="may be missing")
+        await first.sees(log=["own delivered before", "own delivered meanwhile"])
+        await second.sees(log=["other before", "other meanwhile"])
+
+
+class Storing(PageCase):
+    async def test_a_reload_keeps_what_waits(self):
+        """After a reload everything looks as before. What waits is sent again, nothing else."""
+        tab, log = await self.opens(), ["own delivered old", "own waiting mine"]
+        await tab.says("old")
+        await tab.sees(log=log[:1])
+        released = self.holds()
+        await tab.says("mine")
+        await tab.types("draft")
+        await tab.sees(log=log)
+        await tab.reloads()
+        await tab.sees(["^resend: This tab: again.*“mine”"], log=log, draft="draft")
+        released.set()
+        await tab.sees(log=["own delivered old", "own delivered mine"])
+        await tab.reloads()
+        await tab.sees(log=["own delivered old", "own delivered mine"], draft="draft")
+        _, first, again = tab.sent()
+        self.assertEqual(again, first)
+
+    async def test_a_huge_paste_does_not_stop_saving(self):
+        """If more is pasted than storage holds, what was said and the paste's start are saved."""
+        self.holds()
+        tab = await self.opens("sessionStorage.more ??= 'x'.repeat(5_200_000);")
+        await tab.says("mine")
+        paste = "draft.value = 'x'.repeat(100_000), draft.dispatchEvent(new Event('input')), 0"
+        await tab.evaluate(paste)
+        await tab.reloads()
+        await tab.sees(log=["own waiting mine"], draft="x" * 2_001)
+
+    async def test_rubbish_in_storage(self):
+        """Whatever has been stored, the page works, and sends nothing that would not come back."""
+        tab = await self.opens()
+        spoil = """(rubbish => {
+            for (const storage of [localStorage, sessionStorage])
+                for (const key of Object.keys(storage)) storage[key] = rubbish(storage[key]);
+        })"""
+        entries = """text => {
+            const [entry] = text.startsWith("[{") ? JSON.parse(text) : [];
+            const changes = [{nonce: ""}, {nonce: "x".repeat(65)}, {nonce: "a b"},
+                ...[" padded ", 5, null, ["a"]].map(content => ({content, nonce: "n" + content}))];
+            return entry ? JSON.stringify([null, 5, [[]], {}, entry,
+                ...changes.map(change => ({...entry, id: "", ...change}))]) : text;
+        }"""
+        kinds = [f"() => {json.dumps(text)}" for text in ("x", "5", "null", "[null, 5, {}]", "")]
+        for rubbish in *kinds, entries:
+            with self.subTest(rubbish):
+                await tab.says("hello")
+                await tab.sees(last="own delivered", draft="")
+                await tab.evaluate(f"{spoil}({rubbish})")
+                await tab.reloads()
+        await tab.says("end")
+        await tab.sees(last="own delivered end")
+        self.assertEqual([frame["content"] for frame in tab.sent()].count("hello"), 2)
+
+    async def test_no_storage_and_no_secure_context(self):
+        """The page works if storage is denied or full, and over plain HTTP from another host."""
+        deny = """for (const kind of ["localStorage", "sessionStorage"])
+            Object.defineProperty(window, kind, {get() { %s }});"""
+        denied = deny % "throw new Error('denied');"
+        full = deny % "return new Proxy({}, {set() { throw new Error('full'); }});"
+        for host, before in ("127.0.0.1", denied), ("127.0.0.1", full), ("chat.example", ""):
+            with self.subTest(host, before=before):
+                self.room.history.clear()
+                tab = await self.opens(before, host)
+                self.assertEqual(await tab.evaluate("isSecureContext"), host == "127.0.0.1")
+                await tab.says("hello")
+                await tab.clicks("Wire")
+                await tab.sees([], last="own delivered hello")
+
+
+class Reading(PageCase):
+    async def test_names_and_times(self):
+        """Messages of one person within a minute stand together, below one name and one time."""
+        tab = await self.opens()
+        await tab.call("Emulation.setTimezoneOverride", timezoneId="Asia/Tokyo")
+        for name, at in ("A", "02:03"), ("A", "03:02"), ("A", "04:02"), ("B", "04:02"):
+            await self.shows(at, username=name, time=f"2026-03-04T01:{at}.000+00:00")
+        await tab.sees(names=["A 10:02 AM", "A 10:04 AM", "B 10:04 AM"])
+
+    async def test_colours(self):
+        """A name has one colour everywhere. Neighbours' colours differ, and none is red."""
+        first, second = await self.opens(), await self.opens()
+        neighbours = [f"Port{50_000 + number}" for number in (0, 1, 2, 10)]
+        for name in neighbours:
+            await self.shows(name, username=name)
+        await first.says("mine")
+        await second.sees(last="other mine")
+        hue = "Number(getComputedStyle(e).color.match(/[0-9.]+(?=\\))/)[0])"
+        hues = f"sights.all('.name, #name, #lanes :first-child').map(e => [e.innerText, {hue}])"
+        one, other = dict(await first.evaluate(hues)), dict(await second.evaluate(hues))
+        self.assertEqual(one["this tab"], one[first.name])
+        for name in first.name, *neighbours:
+            self.assertEqual(one[name], other[name])
+            self.assertTrue(60 < one[name] < 340, one)
+        hues = sorted(one[name] for name in neighbours)
+        self.assertGreater(min(b - a for a, b in itertools.pairwise(hues)), 20)
+
+    async def test_presence_is_one_line(self):
+        """However often people come and go, one line tells the latest, below the messages."""
+        tab = await self.opens()
+        await self.shows("hello")
+        for number in range(5):
+            self.pushes(HEARTBEAT | {"content": f"Port{number} left."}, HEARTBEAT)
+        await tab.sees(lines=[f"{tab.name} joined.", "Port4 left."])
+
+    async def test_a_reader_keeps_the_place(self):
+        """New messages do not move a reader who has scrolled up. A button counts them."""
+        tab = await self.opens()
+        await self.floods(50)
+        await tab.sees(reads_the_end=True, last="other 49")
+        top = "document.querySelector('#messages li:nth-child(40)').getBoundingClientRect().top"
+        for come_back in (
+            lambda: tab.clicks("3 new ↓"),
+            lambda: tab.says("hello"),
+            lambda: tab.scrolls(9_000),
+        ):
+            await tab.scrolls(-400)
+            await tab.sees(reads_the_end=False)
+            place = await tab.evaluate(top)
+            await self.floods(3)
+            await tab.sees(buttons="3 new ↓", title="(3) Chat")
+            self.assertAlmostEqual(await tab.evaluate(top), place, delta=1)
+            await come_back()
+            await tab.sees(reads_the_end=True, focus="draft")
+            await tab.waits_for(
+                "document.title === 'Chat' && !sights.buttons().includes('3 new ↓')"
+            )
+        for size in (800, 500), (390, 844), (1280, 900):
+            await tab.resizes(*size)
+            await tab.sees(reads_the_end=True)
+
+    async def test_a_hidden_tab_counts(self):
+        """The title of a hidden tab counts what others say, and screen readers hear none of it."""
+        released, tab = self.holds(), await self.opens()
+        await tab.says("mine")
+        await tab.hides()
+        released.set()
+        await self.shows("theirs")
+        await tab.sees(title="(1) Chat", log="own delivered mine")
+        await self.floods(1_500)
+        await tab.sees(title="(1501) Chat")
+        await tab.sees(spoken=[f"{tab.name} joined."])
+        await tab.hides(False)
+        await tab.waits_for("document.title === 'Chat'")
+        await tab.sees(log=[f"other {number}" for number in range(1_000, 1_500)])
+
+    async def test_a_storm(self):
+        """Of 2,000 messages at once the newest 500 are shown, while typing and speaking go on.
+        Screen readers hear its end."""
+        tab = await self.opens()
+        await tab.evaluate("""window.added = 0, new MutationObserver(records => {
+            added += records.flatMap(record => [...record.addedNodes]).length;
+        }).observe(document.querySelector("[aria-live=polite]"), {childList: true})""")
+        await self.floods(2_000)
+        await tab.types("hello")
+        await tab.sees(log=[f"other {number}" for number in range(1_500, 2_000)])
+        self.assertLess(await tab.evaluate("added"), 50)
+        await tab.sees(spoken="Port1: 1999")
+        await tab.presses("Enter")
+        await tab.sees(last="own delivered hello", log="other 1999", reads_the_end=True)
+
+    async def test_company(self):
+        """A tab that is alone says so. Its button opens a window that inherits nothing."""
+        tab = await self.opens()
+        await tab.sees(alone="You are the only one here", online=1)
+        await tab.types("draft")
+        await tab.clicks("Open a second window")
+        await tab.sees(alone="", online=2)
+        targets = (await tab.call("Target.getTargets"))["targetInfos"]
+        (target,) = [t for t in targets if t["url"] == tab.url and not t["attached"]]
+        second = Tab(self.browser)
+        await second.attaches(target["targetId"])
+        await second.waits_for("document.querySelector('#status')?.innerText === 'Connected'")
+        self.assertEqual(await second.evaluate("[draft.value, window.opener]"), ["", None])
+        await second.detaches()
+        await tab.call("Target.closeTarget", targetId=target["targetId"])
+        await tab.sees(alone="--host 0.0.0.0", online=1)
+        await tab.presses("Enter")
+        await tab.sees(log=["own delivered draft"], alone="")
+
+    async def test_screen_readers_hear_everything_once(self):
+        """Screen readers are told of the parts of the page, of each message once, and in each row
+        of who sends what."""
+        tab = await self.opens()
+        await tab.says("mine")
+        await tab.sees(["^send", "^echo"], log=["own delivered mine"])
+        await self.shows("theirs")
+        await tab.sees(spoken=[f"{tab.name} joined.", "You: mine", "Port1: theirs"])
+        await tab.types("x" * 1_801)
+        tree = (await tab.call("Accessibility.getFullAXTree"))["nodes"]
+        nodes = [(node["role"]["value"], node["name"]["value"]) for node in tree if "name" in node]
+        self.assertLessEqual({"log", "status", "main", "textbox"}, {role for role, _ in nodes})
+        (draft,) = [node for node in tree if node["role"]["value"] == "textbox"]
+        self.assertEqual(draft["description"]["value"], "1,801 of 2,000 characters")
+        rows = [name for role, name in nodes if role == "DisclosureTriangle"]
+        self.assertEqual(len(rows), len((await tab.looks("wire"))[0]))
+        for row in rows:
+            self.assertRegex(row, "(This tab|The server): .")
+        live = await tab.evaluate("sights.all('[role=log], [aria-live]').map(e => e.ariaLive)")
+        self.assertEqual(live, ["off", "polite"])
+
+    async def test_the_focus_is_never_lost(self):
+        """If a button or a message that has the focus goes, the draft gets it."""
+        tab = await self.opens()
+        await self.shows("\n".join("x" * 100))
+        await tab.sees(log="x")
+        focus = "sights.all('button, .text').find(e => sights.words(e).includes('%s')).focus()"
+        self.cuts_off()
+        await tab.sees(status="No connection")
+        await tab.evaluate(focus % "Reconnect now")
+        await tab.sees(focus="now")
+        await tab.evaluate(ONLINE)
+        await tab.sees(status="Connected", focus="draft")
+        await tab.evaluate(focus % "x x x")
+        await tab.sees(focus="P")
+        await self.floods(501)
+        await tab.sees(focus="draft")
+
+    async def test_the_keyboard_reaches_everything(self):
+        """The Tab key reaches all that can be used, visibly, and what scrolls."""
+        tab, reached = await self.opens(), set()
+        await self.shows("\n".join("x" * 100))
+        await tab.sees(log="x", focus="draft")
+        focus = "[document.activeElement.className || sights.focus(), "
+        focus += "getComputedStyle(document.activeElement).outlineStyle]"
+        while "log" not in reached:  # until a round is complete
+            await tab.presses("Tab")
+            name, outline = await tab.evaluate(focus)
+            reached.add(name)
+            self.assertTrue(outline != "none" or name == "BODY", name)
+        await tab.presses("Tab")
+        names = {"send", "slow", "pause", "unplug", "cut", "wire-toggle", "diagram", "away"}
+        self.assertLessEqual(names, reached)
+        self.assertEqual((await tab.evaluate(focus))[0], "text")
+
+    async def test_the_layout(self):
+        """From 360 pixels up, nothing sticks out and buttons are large enough. Nothing moves if the
+        system asks for that."""
+        tab = await self.opens()
+        for text in "x" * 300, "\n".join("x" * 100), "שלום!", "a" + "\u0301" * 500:
+            await tab.says(text)
+        await tab.sees(last="own delivered a")
+        await tab.clicks("Wire")
+        await tab.clicks("Wire")  # It stays open on a phone.
+        fit = "sights.all('html, header, #log, #diagram, .text').filter(e => "
+        fit += "e.scrollWidth > e.clientWidth || (e.tagName === 'HTML' && "
+        fit += "e.scrollHeight > e.clientHeight)).map(e => e.outerHTML)"
+        small = "sights.all('button, #draft').filter(e => "
+        small += "Math.min(e.offsetWidth, e.offsetHeight) < 44).map(e => e.id)"
+        for width, height in (360, 640), (390, 844), (1440, 900):
+            with self.subTest(width):
+                await tab.resizes(width, height)
+                self.assertEqual([await tab.evaluate(fit), await tab.evaluate(small)], [[], []])
+                await tab.sees(reads_the_end=True)
+        reduced = [{"name": "prefers-reduced-motion", "value": "reduce"}]
+        await tab.call("Emulation.setEmulatedMedia", features=reduced)
+        self.assertEqual(await tab.evaluate("document.getAnimations().length"), 0)
+        direction = "sights.all('.text').map(e => getComputedStyle(e).direction)"
+        self.assertEqual(await tab.evaluate(direction), ["ltr", "ltr", "rtl", "ltr"])
+
+
+class Writing(PageCase):
+    async def test_shift_and_enter_break_the_line(self):
+        """Shift and Enter break the line, five lines are in view, and Enter sends them all."""
+        tab = await self.opens()
+        for line in range(5):
+            await tab.types(f"{line}")
+            self.assertTrue(await tab.evaluate("draft.scrollHeight < draft.clientHeight + 5"))
+            await tab.presses("Shift+Enter")
+        await tab.says("end")
+        await tab.sees(log=["own delivered 0\n1\n2\n3\n4\nend"], draft="")
+
+    async def test_enter_can_end_a_composition(self):
+        """The Enter that ends an input method's composition does not send, nor does Safari's."""
+        tab, end = await self.opens(), {"selectionStart": 1, "selectionEnd": 1}
+        await tab.call("Input.imeSetComposition", text="に", **end)
+        await tab.presses("Enter")
+        await tab.types("日本")
+        await tab.presses("Enter", windowsVirtualKeyCode=229)
+        await tab.sees(draft="日本", log=[])
+        await tab.presses("Enter")
+        await tab.sees(log=["own delivered 日本"])
+
+    async def test_a_draft_has_at_most_2000_characters(self):
+        """A draft of 2,000 characters can be sent, emoji included. A longer one stays."""
+        tab = await self.opens()
+        for count, counter in (1_800, ""), (2_001, "2,001 of 2,000 characters"):
+            await tab.evaluate("draft.select()")
+            await tab.types("😀" * count)
+            await tab.sees(counter=counter)
+        await tab.presses("Enter")
+        await tab.clicks("Send")
+        await tab.evaluate("draft.select()")
+        await tab.types("😀" * 2_000 + " \n")
+        await tab.sees(counter="2,000 of 2,000 characters", log=[])
+        await tab.presses("Enter")
+        await tab.sees(log=["own delivered " + "😀" * 2_000], counter="")
+
+
+OPENING = ["^request: This tab: GET /ws", "^response: The server: 101 Switching Protocols$"]
+
+
+def dissect(payload, masked):
+    """Return the parts of a text frame's header, each with a note, and the frame's size."""
+    size = len(payload.encode())
+    length = (size, 0) if size < 126 else (126, 2) if size < 65_536 else (127, 8)
+    note = f"length in {length[1]} more bytes" if length[1] else f"{size} bytes"
+    note = f"{'' if masked else 'not '}masked, {note}"
+    parts = [("81", "whole text"), (f"{length[0] + 128 * masked:02x}", note)]
+    if length[1]:
+        parts.append((size.to_bytes(length[1]).hex(" "), f"{size} bytes"))
+    if masked:
+        parts.append(("xx xx xx xx", "the mask, random: no page sees it"))
+    return parts, 2 + length[1] + 4 * masked + size
+
+
+class Wire(PageCase):
+    async def test_walkthrough(self):
+        """Each step of the README's walkthrough has its rows, and the guide leads to the next."""
+        first = await self.opens()
+        welcome, pushed = (
+            "^welcome: The server: welcome ",
+            "^presence: The server: presence, pushed ",
+        )
+        rows = [*OPENING, welcome + "no history yet$", pushed + "1 online$"]
+        await first.sees(rows, guide="Open a second window")
+        second = await self.opens()
+        others = " The server: to 1 other tab "
+        await first.sees([pushed + f"2 online{others}the same frame$"])
+
+        await first.sees(guide="Say something. One frame goes up")
+        await first.says("hello")
+        echo = f"^echo: The server: message, echoed your own, after 0 ms{others}the same frame$"
+        await first.sees([r"^send: This tab: message, \d+ bytes “hello”$", echo])
+        heard = "^message: The server: message, pushed not requested Another tab: {} spoke “{}”"
+        heard += f"{others}the sender included"
+        await second.sees([heard.format(first.name, "hello") + " That is push.$"])
+
+        await second.says("hi", "there")
+        row = heard.format(second.name, "hi") + " That is push.$"
+        await first.sees([row, heard.format(second.name, "there") + "$"])
+
+        await first.sees(guide="Cut the line")
+        await first.clicks("Cut the line")
+        (counts,) = await first.looks("counts")
+        await first.says("mine")
+        await second.says("theirs")
+        lost = [
+            "^lost: This tab: message, lost “mine”$",
+            "^lost: The server: message, lost “theirs”$",
+        ]
+        await first.sees(lost, status="Connected", counts=counts)
+        await first.passes(5)
+        died = "^close: The server: no answer code 1006: no close frame came$"
+        await first.sees([*lost, died], status="No connection")
+        await first.clicks("Mend the line")
+        resume = rf"GET /ws\?after={self.room.history[-2]['id']} Upgrade: websocket$"
+        again = [r"^resend: This tab: again, \d+ bytes “mine”$", echo]
+        await first.sees([died, resume, OPENING[1], welcome + "1 missed$", *again])
+        log = ["hello", "hi", "there", "theirs", "mine"]
+        for tab, own in (first, ("hello", "mine")), (second, ("hi", "there", "theirs")):
+            kinds = ["own delivered" if content in own else "other" for content in log]
+            await tab.sees(log=[" ".join(pair) for pair in zip(kinds, log, strict=True)])
+        await first.clicks("Hang up")
+        await first.sees(["^close: This tab: close 1000"])
+        await first.passes(1)
+        await first.clicks("Call again")
+        await first.sees([*OPENING, welcome + "0 missed$"])
+
+        for tab in first, second:
+            await tab.sees(guide="Stop the server")
+        await self.goes_down()
+        await first.sees(["^close: The server: close 1001 going away$"])
+        await first.passes(1)
+        await first.sees(["^close: The server: no answer to HEAD /$"], guide="")
+        self.room.history.clear()
+        await self.serves(self.port)
+        await first.passes(2)
+        await first.sees([*OPENING, welcome + "0 missed, or more$"])
+        await second.sees(guide="")
+
+    async def test_the_guide_can_be_put_away(self):
+        """Whoever puts the guide away does so in all windows, also after a reload."""
+        first, second = await self.opens(), await self.opens()
+        await first.clicks("Put the walkthrough away")
+        for tab in first, second:
+            await tab.sees(guide="")
+        await second.reloads()
+        await second.sees(guide="", focus="draft")
+
+    async def test_bytes_are_counted_as_on_the_wire(self):
+        """Frames and bytes count with headers and masks, in the counters and in each row."""
+        for number in range(50):
+            await self.shows(f"{number}" + "x" * 1_400)
+        tab = await self.opens()
+        await tab.says("żółć 👋", "x" * 100)
+        await tab.sees(last="own delivered x")
+        frame = {"type": "typing", "content": ""}
+        for size in 125, 126, 65_535, 65_536:
+            self.pushes(frame | {"content": "x" * (size - len(json.dumps(frame)))})
+        self.pushes(HEARTBEAT | {"content": "end"})
+        await tab.sees(lines="end")
+        sent = [dissect(payload, True)[1] for payload in tab.frames("Sent")]
+        got = [dissect(payload, False)[1] for payload in tab.frames("Received")]
+        await tab.sees(counts=[len(sent), sum(sent), len(got), sum(got)])
+        rows = [row for row in (await tab.looks("wire"))[0] if row.startswith("send")]
+        for size, row in zip(sent, rows, strict=True):
+            self.assertIn(f"send: This tab: message, {size} bytes", row)
+
+    async def test_a_row_opens_to_its_frame(self):
+        """A row opens to its frame: the header in hexadecimal, the text, then field by field."""
+        tab = await self.opens()
+        for content in "hi", "x" * 200:
+            await tab.says(content)
+            await tab.sees(last=f"own delivered {content}")
+        sent = tab.frames("Sent")
+        rows = {"“hi”": sent[0], "“xx": sent[1], "your own": tab.frames("Received")[-1]}
+        for row, payload in rows.items():
+            with self.subTest(row):
+                parts, size = dissect(payload, payload in sent)
+                lines = [" ".join(code for code, _ in parts) + f" {size} bytes on the wire"]
+                lines += [payload, *(f"{code} {note}" for code, note in parts)]
+                await tab.clicks(row)
+                await tab.sees(opened="\n".join([*lines, ""]))
+                (opened,) = await tab.looks("opened")
+                for key, value in json.loads(payload).items():
+                    self.assertIn(f'\n"{key}": {json.dumps(value, ensure_ascii=False)}', opened)
+                await tab.clicks(row)
+                await tab.sees(opened="")
+
+    async def test_the_handshake_opens(self):
+        """The rows of the handshake open to its headers and say how these are known."""
+        tab = await self.opens()
+        for row, names in ("GET /ws", "-Key -Version: 13"), ("101", "Sec-WebSocket-Accept"):
+            await tab.clicks(row)
+            for name in "Upgrade: websocket", "Connection: Upgrade", *names.split(" -"), "RFC 6455":
+                await tab.sees(opened=name)
+            await tab.clicks(row)
+            await tab.sees(opened="")
+
+    async def test_an_opened_row_stays_in_view(self):
+        """The last row opens into view, and then new rows do not move it."""
+        tab = await self.opens()
+        await tab.resizes(1280, 500)
+        await tab.says("hello")
+        await tab.sees(["^echo"])
+        await tab.clicks("your own")
+        await tab.sees(opened="hello")
+        await tab.passes(1)
+        place = "['#diagram', '#wire pre'].map(s => "
+        place += "document.querySelector(s).getBoundingClientRect().bottom)"
+        outer, inner = await tab.evaluate(place)
+        self.assertLess(inner, outer + 1)
+        await self.floods(5)
+        await tab.sees(["^message"] * 5)
+        self.assertAlmostEqual((await tab.evaluate(place))[1], inner, delta=1)
+
+    async def test_text_on_the_wire_is_isolated(self):
+        """A character that reverses text does not reverse the notes beside it."""
+        tab = await self.opens()
+        await self.shows("\u202eabc", username="\u202ePort1")
+        await tab.clicks("Another tab")
+        await tab.sees(opened="\u202eabc")
+        runs = """sights.all("#wire pre i").filter(note => sights.words(note)).every(note => {
+            const range = document.createRange(), xs = [1, 2].map(start => {
+                range.setStart(note.firstChild, start);
+                range.setEnd(note.firstChild, start + 1);
+                return range.getBoundingClientRect().x;
+            });
+            return xs[0] < xs[1];
+        })"""
+        self.assertTrue(await tab.evaluate(runs))
+
+    async def test_slow_and_pause(self):
+        """Slow shows a row every 0.7 s, and Pause none. Neither delays the conversation."""
+        tab = await self.opens()
+        (before,) = await tab.looks("wire")
+        await tab.clicks("Slow")
+        await self.floods(3)
+        await tab.sees(log=["other 0", "other 1", "other 2"])
+        for number in range(4):
+            (rows,) = await tab.looks("wire")
+            self.assertEqual(len(rows), len(before) + min(number, 3))
+            if number == 1:
+                await tab.clicks("Pause")
+                await tab.passes(5)
+                self.assertEqual(await tab.looks("wire"), [rows])
+                await tab.clicks("Pause")
+            await tab.passes(0.7)
+        await tab.sees(["“0”", "“1”", "“2”"])
+
+    async def test_a_storm_folds(self):
+        """Ten or more alike within a second share a row. Others, and a talk, do not."""
+        tab = await self.opens()
+        await tab.passes(1)
+        await self.floods(30)
+        await tab.sees(["welcome", *["“[0-8]”"] * 9, "“9” and 20 more like it"])
+        self.pushes(HEARTBEAT)
+        await self.shows("end")
+        await tab.sees(["and 20 more like it$", "^presence", "“end”"])
+        await tab.passes(1)
+        for number in range(12):
+            await tab.passes(0.2)
+            await self.shows(f"{number}")
+            await tab.sees([f"“{number}”"])
+
+    async def test_the_newest_rows_stay(self):
+        """The newest 300 rows stay, as does a row that is open."""
+        tab = await self.opens()
+        await tab.clicks("GET /ws")
+        await tab.evaluate("performance.now = (now => () => now += 1000)(9e6), 0")
+        await self.floods(400)
+        await tab.sees(["“399”"])
+        ((first, second, *rest),) = await tab.looks("wire")
+        self.assertEqual((first[:7], len(rest)), ("request", 298))
+        self.assertIn("“101”", second)
+
+    async def test_rows_tell_the_time(self):
+        """Each row tells the time since the one before. An unknown frame has a row as well."""
+        tab = await self.opens()
+        for seconds, shown in (2.3, "+2.3 s"), (0.999, "+999 ms"), (0, "+0 ms"):
+            await tab.passes(seconds)
+            self.pushes({"type": "typing", "who": shown})
+            await tab.sees(["^unknown: The server: typing unknown, ignored$"], when=shown)
+            await tab.clicks("typing")
+            await tab.sees(opened=f'"who": "{shown}"')
+
+    async def test_arrows_join_the_lanes(self):
+        """At every width arrows lead from speaker to hearer, below the names of the lanes."""
+        tab, friend = await self.opens(), await self.joins()
+        await tab.clicks("Wire")
+        await tab.clicks("Wire")
+        await tab.says("mine")
+        await friend.says("theirs")
+        await tab.sees(["^send", "^echo", "^message"])
+        arrows = """(lanes => ["send", "echo", "message"].map(kind => (
+            [...document.querySelectorAll(`[data-kind=${kind}] .leg`)].map(leg => {
+                const {left, right} = leg.getBoundingClientRect(), lane = x => (
+                    lanes.findIndex(other => Math.abs(other - x) < 3));
+                const head = getComputedStyle(leg, "::after"), ends = [left, right].map(lane);
+                return head.rotate !== "none" ? ends.reverse() : ends;
+            })
+        )))(sights.all("#lanes > *").map(e => e.getBoundingClientRect()).map(({x, width}) =>
+            x + width / 2))"""
+        for width in 360, 700, 1280, 1920:
+            await tab.resizes(width, 800)
+            expected = [[[0, 1]], [[1, 0], [1, 2]], [[1, 0], [2, 1], [1, 2]]]
+            self.assertEqual(await tab.evaluate(arrows), expected)
+
+    async def test_the_panel(self):
+        """The wire is open beside the chat, closed on a phone, and stays as its user leaves it."""
+        tab = await self.opens()
+        for width, click, wire in (
+            (1280, None, ["^welcome"]),
+            (390, None, []),
+            (390, "Wire", ["^welcome"]),
+            (1280, "Wire", []),
+        ):
+            await tab.resizes(width, 844)
+            await (tab.clicks(click) if click else asyncio.sleep(0))
+            await tab.reloads()
+            await tab.sees(wire)

@@ -37,18 +37,16 @@ def main() -> int:
     sizes = [
         ("chat.py, lines", len(chat.splitlines()), 400),
         ("chat.py, lines of code", code_lines(chat), 290),
-        ("index.html, lines", len(page.splitlines()), PAGE_LINES),
-        ("index.html, bytes", len(page.encode()), PAGE_BYTES),
-        ("index.html, columns", max(map(len, page.splitlines())), PAGE_COLUMNS),
-        ("test_chat.py, lines", len(read("test_chat.py").splitlines()), TEST_LINES),
-        ("README.md, lines outside <details>", len(visible.splitlines()), README_LINES),
+        ("index.html, lines", len(page.splitlines()), 780),
+        ("index.html, bytes", len(page.encode()), 38_000),
+        ("index.html, columns", max(map(len, page.splitlines())), 110),
+        ("test_chat.py, lines", len(read("test_chat.py").splitlines()), 2_610),
+        ("README.md, lines outside <details>", len(visible.splitlines()), 175),
     ]
     for name, size, budget in sizes:
         print(f"{name}: {size:,} of {budget:,}{' IS TOO MUCH' if size > budget else ''}")
     return int(any(size > budget for _, size, budget in sizes))
 
-
-PAGE_LINES, PAGE_BYTES, PAGE_COLUMNS, TEST_LINES, README_LINES = 943, 45_053, 120, 2_929, 249
 
 if __name__ == "__main__":
     sys.exit(main())
