@@ -263,7 +263,7 @@ class Connection(ServerConnection):
                 self.loop.call_soon(flush, self.room.unflushed)
             self.room.unflushed.append(self)
         self.unsent += 1
-        if self.unsent == 64:  # More would save little, and 1,000 take too much memory.
+        if self.unsent == 128:  # More would save little, and 1,000 take too much memory.
             flush([self])
 
     def data_received(self, data: bytes) -> None:

@@ -811,10 +811,10 @@ class Load(ServerCase):
             link = end.transport.get_extra_info("socket")
             link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         with self.assertLogs(level="WARNING") as logs:
-            await self.publishes(*[longest] * 100)
+            await self.publishes(*[longest] * 200)
             for end in ends:  # asyncio knows the most, so that it can cut the client off.
-                self.assertGreater(end.transport.get_write_buffer_size(), 30 * 2_000)
-            await self.publishes(*[longest] * 900)
+                self.assertGreater(end.transport.get_write_buffer_size(), 100 * 2_000)
+            await self.publishes(*[longest] * 800)
             self.assertTrue(all(end.transport.is_closing() for end in ends))
             await self.has(0)
         self.assertEqual(len(logs.output), 100)
