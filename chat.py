@@ -106,10 +106,10 @@ async def converse(room: Room, connection: ServerConnection) -> None:
         return await connection.close(1013, "The room is full. Try again in a minute.")
     resume = re.search("[?&]after=([^&]+)", connection.request.path)  # type: ignore[union-attr]
     name = room.join(connection, resume[1] if resume else None)
-    came_at = deque([-1.0] * MESSAGES_PER_SECOND)  # times (s) of the latest frames; -1: long ago
+    came_at = [-1.0] * MESSAGES_PER_SECOND  # times (s) of the latest frames; -1: long ago
     try:
         async for payload in connection:  # waits until this client sends a frame
-            wait = came_at.popleft() + 1 - time.monotonic()
+            wait = came_at.pop(0) + 1 - time.monotonic()
             if wait > 0:
                 await asyncio.sleep(wait)  # Nothing is read meanwhile, so the client has to wait.
                 if connection.state is not State.OPEN:
