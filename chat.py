@@ -89,7 +89,7 @@ class Room:
         """Push a message to every connection and remember it, unless the room already has it."""
         # Async so that a subclass can await a message broker (see README.md).
         known = [(old["nonce"], old["content"]) for old in self.history]
-        if (message["nonce"], message["content"]) not in known:
+        if not self.stopping and (message["nonce"], message["content"]) not in known:
             push(self.connections, message)
             self.history.append(message)
 
@@ -201,7 +201,7 @@ def answer(page: str, connection: ServerConnection, request: Request) -> Respons
     elif path != "/ws":
         response = connection.respond(404, "The chat is at /\n")
     elif origin and not same_origin(origin, host):
-        why = f"Origin {origin} is not Host {host}. A proxy must forward the Host header.\n"
+        why = f"Origin {origin[:80]} is not Host {host[:80]}. A proxy must forward Host.\n"
         logging.warning("403: %s", why.rstrip())  # because browsers do not show it
         response = connection.respond(403, why)
     elif request.method == "HEAD":

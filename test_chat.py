@@ -818,6 +818,15 @@ class Load(ServerCase):
         self.assertLess(tracemalloc.get_traced_memory()[1], 20_000_000)  # bytes, not 200 million
         self.assertEqual(len(logs.output), 100)
 
+    async def test_a_stopping_room_publishes_nothing(self):
+        """While the server stops, messages wait at their senders, however many have arrived."""
+        anna = await self.joins()
+        await self.publishes("in time")
+        self.room.stopping = True
+        await self.publishes("late")
+        await anna.hears("in time")
+        self.assertEqual([message["content"] for message in self.room.history], ["in time"])
+
     async def test_a_slow_reader_is_cut_off(self):
         """A client that leaves 1 MiB unread is cut off, with one line in the log."""
         anna, slow = await self.joins(), await self.shakes_hands(SO_RCVBUF=4096)
