@@ -45,7 +45,7 @@ if not websockets or int(websockets.version.version.split(".")[0]) < 17:
 
 HISTORY_SIZE = 50  # messages that the room remembers: a screen or two for new clients
 MESSAGES_PER_SECOND = 20  # from one connection: nobody types faster
-MAX_CONNECTIONS = 10_000  # one process pushes a message to this many in 0.1 s
+MAX_CONNECTIONS = 10_000  # one process pushes a message to this many in 0.1 to 0.3 s
 
 
 def push(connections: Iterable[ServerConnection], fields: dict[str, Any]) -> None:

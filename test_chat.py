@@ -1252,7 +1252,7 @@ class Stopping(ProgramCase):
 
 # The page with its wire, in Chromium
 
-# What people see, as JavaScript. It leaves out what is invisible.
+# JavaScript that returns the visible texts of the page
 SIGHTS = r"""
 window.sights = (() => {
     const all = selector => (
