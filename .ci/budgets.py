@@ -40,7 +40,7 @@ def main() -> int:
         ("index.html, lines", len(page.splitlines()), 780),
         ("index.html, bytes", len(page.encode()), 38_000),
         ("index.html, columns", max(map(len, page.splitlines())), 110),
-        ("test_chat.py, lines", len(read("test_chat.py").splitlines()), 2_620),
+        ("test_chat.py, lines", len(read("test_chat.py").splitlines()), 1_900),
         ("README.md, lines outside <details>", len(visible.splitlines()), 175),
     ]
     for name, size, budget in sizes:

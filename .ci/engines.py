@@ -22,6 +22,8 @@ sys.path.insert(0, str(HERE.parent))
 
 import test_chat  # noqa: E402
 
+ONLINE = "window.dispatchEvent(new Event('online'))"
+
 
 class Firefox:
     """A headless Firefox."""
@@ -107,9 +109,6 @@ class EngineTab(test_chat.Tab):
         await self.evaluate(f"(() => {{ {test_chat.SIGHTS} }})()")
         await self.is_ready()
 
-    def problems(self):
-        return []
-
 
 class Engines:
     """What the page promises in every engine."""
@@ -129,12 +128,12 @@ class Engines:
         """Two tabs show what each says, markup as text."""
         first, second = await self.opens(), await self.opens()
         await first.says("hello")
-        await second.sees(log=["other hello"], online=2)
+        await second.sees(log=["other hello"], online="2")
         await second.types(markup := "<b>hi</b> &amp;")
         await second.clicks("Send")
         await first.sees(log=["own delivered hello", f"other {markup}"])
         rows = ["^request", "^response", "^welcome", "^send.*“hello”", "^echo", "^message.*“<b>hi"]
-        await first.sees(rows)
+        await first.sees(*rows)
 
     async def test_ten_cuts(self):
         """Over ten cuts that lose a message or an echo, both tabs show all once, in one order."""
@@ -152,7 +151,7 @@ class Engines:
         for cut in range(10):
             lost.append(["message", "echo"][cut % 2])
             await tabs[cut // 2 % 2].says(f"{cut}")
-            is_back = f"({test_chat.ONLINE}, sights.log().join().includes('{cut}'))"
+            is_back = f"({ONLINE}, sights.log().join().includes('{cut}'))"
             await asyncio.gather(*(tab.waits_for(is_back) for tab in tabs))
         for tab in tabs:
             await tab.waits_for("sights.log().every(text => !text.includes('waiting'))")

@@ -1,4 +1,4 @@
-"""Looks at the page in all its states: `python looks.py`.
+"""Looks at the page: its states, sizes, colours and lanes. Run it with `python looks.py`.
 
 axe-core, which is expected in node_modules beside this file, looks at each state in two widths and
 three colour schemes. Screenshots go to the folder that CHAT_SCREENSHOTS names.
@@ -16,6 +16,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import test_chat  # noqa: E402
+
+test_chat.PATIENCE = 30  # seconds: axe takes several on a busy machine
 
 AXE = (HERE / "node_modules/axe-core/axe.min.js").read_text(encoding="utf-8")
 RUN = "axe.run(%s).then(found => found.violations.map(v => [v.id, v.nodes.map(n => n.html)]))"
@@ -57,7 +59,7 @@ class Looks(test_chat.PageCase):
         await tab.says("Yes. You sent one frame, and the server pushed it to all of us.")
         await tab.sees(last="own delivered Yes")
         await ben.says("I did not ask for it, and still it came. So that is push 👋")
-        await tab.sees(["^message"], last="other I did not")
+        await tab.sees("^message", last="other I did not")
         await self.looks_at(tab, "talking")
         await tab.passes(2)
         await tab.resizes(1440, 900)
@@ -79,7 +81,7 @@ class Looks(test_chat.PageCase):
         await tab.evaluate("draft.select(), draft.focus()")
         await tab.says("Does anybody hear me?")
         await anna.says("Hello?")
-        await tab.sees(["lost", "lost"], log="own waiting Does")
+        await tab.sees("lost", "lost", log="own waiting Does")
         await self.looks_at(tab, "cut")
         await tab.resizes(1440, 900)
         await tab.clicks("Mend the line")
@@ -98,6 +100,108 @@ class Looks(test_chat.PageCase):
         await tab.sees(status="The server has stopped")
         await tab.passes(0.25)
         await self.looks_at(tab, "reconnecting")
+
+    async def test_the_layout_holds_from_360_pixels_up(self):
+        """From 360 pixels up, nothing sticks out and buttons are large enough. Each message runs
+        in the direction of its language."""
+        tab = await self.opens()
+        for text in "\n".join("x" * 100), "שלום!", "a" + "\u0301" * 500, "x" * 300:
+            await self.shows(text)
+        await tab.sees(last="other xxx")
+        await tab.types("x" * 300)
+        await tab.clicks("Wire")
+        await tab.clicks("Wire")  # It stays open on a phone.
+        faults = """[
+            ...sights.all("html, header, #stage, #log, #diagram, .text").filter(e => (
+                e.scrollWidth > e.clientWidth)),
+            ...sights.all("html").filter(e => e.scrollHeight > innerHeight),
+            ...sights.all("button, #draft").filter(e => (
+                Math.min(e.offsetWidth, e.offsetHeight) < 44)),
+        ].map(e => e.outerHTML)"""
+        for width, height in (360, 640), (390, 844), (1440, 900):
+            with self.subTest(width):
+                await tab.resizes(width, height)
+                self.assertEqual(await tab.evaluate(faults), [])
+                await tab.sees(reads_the_end=True)
+        direction = "sights.all('.text').map(e => getComputedStyle(e).direction)"
+        self.assertEqual(await tab.evaluate(direction), ["ltr", "rtl", "ltr", "ltr"])
+
+    async def test_arrows_join_the_lanes(self):
+        """At every width arrows lead from speaker to hearer, below the names of the lanes."""
+        tab, friend = await self.opens(), await self.joins()
+        await tab.clicks("Wire")
+        await tab.clicks("Wire")  # It stays open on a phone.
+        await tab.says("mine")
+        await friend.says("theirs")
+        await tab.sees("^send", "^echo", "^message")
+        arrows = """(lanes => sights.all("#wire .leg").slice(-6).map(leg => {
+            const {left, right} = leg.getBoundingClientRect();
+            const ends = [left, right].map(x => lanes.findIndex(lane => Math.abs(lane - x) < 3));
+            return getComputedStyle(leg, "::after").rotate === "none" ? ends : ends.reverse();
+        }))(sights.all("#lanes > *").map(e => e.getBoundingClientRect()).map(({left, right}) =>
+            (left + right) / 2))"""
+        for width in 360, 700, 1280, 1920:
+            await tab.resizes(width, 800)
+            expected = [[0, 1], [1, 0], [1, 2], [1, 0], [2, 1], [1, 2]]
+            self.assertEqual(await tab.evaluate(arrows), expected)
+
+    async def test_a_name_has_one_colour(self):
+        """A name has one colour everywhere. Neighbours' colours differ, and none is red."""
+        tab, other = await self.opens(), await self.opens()
+        await tab.says("mine")
+        await other.sees(log=["other mine"])
+        neighbours = [f"Port{number}" for number in (50_000, 50_001, 50_002, 50_010)]
+        for name in neighbours:
+            await self.shows("hello", username=name)
+        for each in tab, other:
+            await each.sees(bubbles="Port50010")
+        hue = "Number(getComputedStyle(e).color.match(/[0-9.]+(?=\\))/)[0])"
+        hues = f"sights.all('.name, #name, #lanes :first-child').map(e => [e.innerText, {hue}])"
+        one, two = dict(await tab.evaluate(hues)), dict(await other.evaluate(hues))
+        self.assertEqual([one["this tab"], two[tab.name]], [one[tab.name]] * 2)
+        hues = sorted(one[name] for name in neighbours)
+        self.assertGreater(min(b - a for a, b in itertools.pairwise([60, *hues, 360])), 5)
+
+    async def test_text_on_the_wire_is_isolated(self):
+        """A character that reverses text does not reverse the notes beside it."""
+        tab = await self.opens()
+        await self.shows("\u202eabc", username="\u202ePort1")
+        await tab.clicks("Another tab")
+        await tab.sees(opened="\u202eabc")
+        places = """sights.all("#wire pre i").filter(sights.words).map(({firstChild}) => (
+            [1, 2].map(start => {
+                const range = new Range();
+                range.setStart(firstChild, start);
+                range.setEnd(firstChild, start + 1);
+                return range.getBoundingClientRect().x;
+            })))"""
+        for first, second in await tab.evaluate(places):
+            self.assertLess(first, second)
+
+    async def test_an_opened_row_stays_in_view(self):
+        """A row opens into view, and then new rows do not move it."""
+        tab = await self.opens()
+        await tab.resizes(1280, 650)
+        await tab.says("hello")
+        await tab.sees("^echo")
+        await tab.evaluate("diagram.scrollTop = -9999")
+        await tab.clicks("GET /ws")
+        await tab.sees(opened="Upgrade: websocket")
+        place = "[diagram, sights.all('[open]')[0]].map(e => e.getBoundingClientRect().top)"
+        outer, inner = await tab.evaluate(place)
+        self.assertGreaterEqual(inner, outer - 1)
+        await self.floods(5)
+        await tab.passes(1)
+        await tab.sees(*["^message"] * 5)
+        self.assertAlmostEqual((await tab.evaluate(place))[1], inner, delta=1)
+
+    async def test_rows_tell_the_time(self):
+        """Each row of the wire tells the time since the one before."""
+        tab = await self.opens()
+        for seconds, shown in (2.3, "+2.3 s"), (0.999, "+999 ms"), (0, "+0 ms"):
+            await tab.passes(seconds)
+            self.pushes({"type": "typing"})
+            await tab.waits_for(f"sights.words(sights.all('.when').at(-1)) === '{shown}'")
 
 
 if __name__ == "__main__":

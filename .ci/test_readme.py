@@ -16,6 +16,7 @@ import ssl
 import sys
 import tempfile
 import textwrap
+import tomllib
 import unittest
 
 import redis
@@ -25,7 +26,7 @@ HERE = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
 import chat  # noqa: E402
-from test_chat import HANDSHAKE, PATIENCE, Case, ProgramCase, ServerCase, masked, until  # noqa: E402
+from test_chat import HANDSHAKE, PATIENCE, ProgramCase, ServerCase, masked, request, until  # noqa: E402
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^( *)```(\w+)\n(.*?)^ *```$", README, re.MULTILINE | re.DOTALL)
@@ -99,6 +100,13 @@ class Blocks(ReadmeCase):
         """The README says how many lines chat.py has."""
         lines = len((HERE / "chat.py").read_text(encoding="utf-8").splitlines())
         self.assertIn(f"{lines} lines of Python", README)
+
+    def test_both_lists_of_requirements_agree(self):
+        """requirements.txt and the head of chat.py (PEP 723) name the same packages."""
+        head = (HERE / "chat.py").read_text(encoding="utf-8").partition("# ///\n")[0]
+        metadata = tomllib.loads(head.removeprefix("# /// script\n").replace("# ", ""))
+        required = (HERE / "requirements.txt").read_text(encoding="utf-8").split()
+        self.assertEqual(metadata, {"dependencies": required, "requires-python": ">=3.11"})
 
     def test_the_limits_are_true(self):
         """The README's limits are those of chat.py."""
@@ -189,9 +197,9 @@ class Proxy(ReadmeCase):
         """Behind the README's nginx two clients talk over TLS, with an Origin as browsers send."""
         await self.serves()
         port, folder = free_port(), self.folder
-        request = "openssl req -x509 -newkey rsa:2048 -nodes -keyout key -out pem"
-        request += " -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
-        await (await self.sh(request)).communicate()
+        command = "openssl req -x509 -newkey rsa:2048 -nodes -keyout key -out pem"
+        command += " -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+        await (await self.sh(command)).communicate()
         server = block("proxy_pass", "nginx").replace("443", f"127.0.0.1:{port}")
         server = server.replace("8080", f"{self.port}")
         server = re.sub("/etc/ssl/chat.example.(pem|key)", rf"{folder}/\1", server)
@@ -320,6 +328,35 @@ class RedisRoom(ReadmeCase):
             self.assertEqual(frame["id"], f"{number}")
 
 
+class Log(ProgramCase):
+    async def test_the_log_is_printable(self):
+        """--debug logs each handshake and frame, without a byte that a terminal obeys."""
+        process, _ = await self.serves("--debug")
+        attack = "\x1b]0;owned\x07"
+        anna = await self.joins(user_agent_header="owned-agent")
+        await anna.says(attack + "\u202e\x9b\r\n2026 forged")
+        await anna.frame("message")
+        await anna.close(4000, f"{attack}\n2026 forged")
+        for data in [
+            request(f"GET /{attack}"),
+            request("GET /", X=attack),
+            request("GET /", X="\x9b1mowned"),
+            f"{attack} / HTTP/1.1\r\n\r\n".encode(),
+            request("GET /ws", Origin=f"http://\x9bowned{attack}"),
+            HANDSHAKE.replace(b"13", attack.encode()),
+            HANDSHAKE + masked(attack.encode(), first=0x83),
+        ]:
+            line = await self.calls(data)
+            await line.reads()
+            line.vanish()
+        process.terminate()
+        log = await self.ends(process, says="GET /ws HTTP/1.1")
+        lines = log.split("\n")[:-1]
+        self.assertEqual([line for line in lines if not line.isprintable()], [])
+        self.assertEqual([line for line in lines if not re.match(r"\d{4}-\d\d-|    ", line)], [])
+        self.assertGreater(len([line for line in lines if "owned" in line]), 7)
+
+
 class Fuzz(ServerCase):
     async def test_rubbish_disturbs_no_conversation(self):
         """While 200 connections send random rubbish, two clients hold a conversation."""
@@ -357,5 +394,4 @@ class Fuzz(ServerCase):
 
 
 if __name__ == "__main__":
-    Case.skipped = ()
     unittest.main()
