@@ -77,8 +77,6 @@ def said(content, **more):
 
 
 GOODBYE, PING = masked(b"", first=0x88), masked(b"", first=0x89)
-
-
 CHECK = unittest.TestCase()  # for assertions of what is not a test
 
 
@@ -116,8 +114,9 @@ class Client(websockets.ClientConnection):
         CHECK.assertEqual(await self.frame("presence"), expected | {"online": online})
 
     async def is_closed_with(self, code):
-        async with asyncio.timeout(PATIENCE):
-            await self.wait_closed()
+        """Assert that no more messages come before the connection closes with this code."""
+        with CHECK.assertRaises(websockets.ConnectionClosed):
+            await self.frame("message", "error")
         CHECK.assertEqual(self.close_code, code)
 
 
@@ -185,7 +184,7 @@ class Case(unittest.IsolatedAsyncioTestCase):
 
     async def joins(self, after=None, **options):
         """Return a client that has got its welcome. It leaves when the test ends."""
-        url = f"ws://127.0.0.1:{self.port}/ws" + ("" if after is None else f"?after={after}")
+        url = f"ws://127.0.0.1:{self.port}/ws" + ("" if after is None else f"?a&after={after}")
         options = {"proxy": None, "ping_interval": None, "max_queue": None} | options
         client = await websockets.connect(url, create_connection=Client, **options)
         self.addAsyncCleanup(client.close)
@@ -329,11 +328,11 @@ class Messages(ServerCase):
             await anna.hears(*words)
 
     async def test_frames_come_before_the_close_frame(self):
-        """Whichever end closes a connection, the frames before arrive first, but none later."""
+        """Frames sent before the close frame arrive before it, whoever closes. None comes later."""
         anna, ben, words = await self.joins(), await self.joins(), [f"{n}" for n in range(100)]
         await self.publishes(*words)
         self.room.stopping = True
-        await self.publishes("late")  # It stays with its sender.
+        await self.publishes("late")  # It goes to nobody.
         await anna.close()
         self.server.close()
         for client, code in (anna, 1000), (ben, 1001):
@@ -387,14 +386,15 @@ class Joining(ServerCase):
 
     async def test_the_longest_history_arrives(self):
         """Even 50 messages at their longest fit into a welcome."""
+        self.server.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         longest = [{"content": f"{n:04}" + "\1" * 1996, "nonce": "\1" * 64} for n in range(50)]
         for message in longest:
             await self.room.publish(chat.parse_message("Port1", json.dumps(message)))
         anna = await self.joins(max_size=None)
         self.assertEqual(len(anna.welcome["history"]), 50)
 
-    async def test_names_differ(self):
-        """Clients on several hosts that share a port get numbers, and free them by leaving."""
+    async def test_clients_with_one_port_get_different_names(self):
+        """Clients with the same port get numbered names. A name is free when its client leaves."""
         with mock.patch.object(chat.Connection, "remote_address", ("127.0.0.1", 54321)):
             clients = [await self.joins() for _ in range(3)]
             await clients[1].close()
@@ -404,7 +404,7 @@ class Joining(ServerCase):
         self.assertEqual([client.name for client in clients], expected)
 
     async def test_a_full_room_turns_clients_away(self):
-        """In a full room a client gets code 1013 and a second to answer, until another leaves."""
+        """A full room turns clients away with code 1013. It cuts off those that do not answer."""
         self.room.capacity = 2
         anna, ben = await self.joins(), await self.joins()
         late = await self.calls(HANDSHAKE)
@@ -427,7 +427,7 @@ class Presence(ServerCase):
         ben = await self.joins()
         for client in anna, ben:
             await client.is_told(f"{ben.name} joined.", 2)
-        self.assertTrue(0.25 <= time.monotonic() - start < 2)
+        self.assertTrue(0.23 <= time.monotonic() - start < 2)  # Windows has a coarse clock.
 
     async def test_one_frame_announces_all_news(self):
         """A frame names up to three clients and counts more. It omits those that came and went."""
@@ -451,16 +451,16 @@ class Presence(ServerCase):
 
     async def test_a_heartbeat_comes_every_20_s(self):
         """Without news a frame with empty content comes after 20 s, because no page sees pings."""
+        self.set(PRESENCE_DELAY=0)
         anna = await self.joins()
-        await self.passes(0.25)
         await anna.is_told(f"{anna.name} joined.", 1)
         for _ in range(2):
-            for seconds in 18, 1, 0:
+            for seconds in 19, 0:  # The second round lets a frame that is due arrive.
                 await self.passes(seconds)
                 await anna.says("quiet")
                 self.assertEqual((await anna.frame())["content"], "quiet")
             await self.passes(1)
-            await anna.is_told("", 1)
+            await asyncio.wait_for(anna.is_told("", 1), 4)
 
     async def test_a_silent_client_is_closed(self):
         """After 20 s each client gets a ping. One that does not answer for 20 s is closed."""
@@ -502,7 +502,7 @@ REASONS = {  # words of the error, and frames: an object's fields, or a payload
 
 class BadInput(ServerCase):
     async def test_a_bad_frame_gets_the_reason(self):
-        """The sender of a bad frame learns what is wrong, and stays unless it has over 32 KiB."""
+        """A bad frame is answered with the reason. Its sender stays unless it has over 32 KiB."""
         self.set(MESSAGES_PER_SECOND=1_000)
         anna, ben = await self.joins(), await self.joins()
         for reason, frames in REASONS.items():
@@ -581,17 +581,17 @@ class Http(ServerCase):
         cases += [(f"http://{own}.evil.example", own), (f"http://evil.example/{own}", own)]
         cases += [("http://a.example", own), ("http://a.example:8081", own)]
         cases += [("https://a.example", "a.example:80"), ("http://a.example", "a.example:443")]
-        cases.append((f"http://evil.example\r\nOrigin: http://{own}", own))
+        cases += [(f"http://evil.example\r\nOrigin: http://{own}", own), ("a" * 99, "b" * 99)]
         for origin, host in cases:
             with self.subTest(origin, host=host), self.assertLogs(level="WARNING") as logs:
                 status, _, body = await self.http("GET /ws", Origin=origin, Host=host, **UPGRADE)
-                self.assertEqual((status, len(logs.output)), (403, 1))
-                for detail in origin.split("\r")[0], host, "proxy must forward":
-                    self.assertIn(detail, body)
-                    self.assertIn(detail, logs.output[0])
+                origin = origin.replace("\r\nOrigin:", ",")
+                why = f"Origin {origin[:80]} is not Host {host[:80]}. A proxy must forward Host."
+                self.assertEqual((status, body), (403, f"{why}\n"))
+                self.assertEqual([record.message for record in logs.records], [f"403: {why}"])
 
     async def test_a_request_has_at_most_16_kib(self):
-        """A request of 16 KiB is answered. More is cut off before it is parsed, without an end."""
+        """A request of 16 KiB is answered. A longer one is cut off, even if it never ends."""
         headers = {"Host": "a", "A": "a" * 8_000, "C": "c" * 500, **UPGRADE}
         for target, start in {"GET /": b"HTTP/1.1 200 ", "GET /ws": b"HTTP/1.1 101 "}.items():
             rest = 16 * 1024 - len(request(target, **headers, B=""))
@@ -616,7 +616,7 @@ class Http(ServerCase):
         self.assertTrue(answer.endswith((HERE / "index.html").read_bytes()))
 
 
-class Load(ServerCase):
+class Serving(ServerCase):
     async def test_one_send_for_many_frames(self):
         """All frames of one iteration of the event loop leave in one system call per client."""
         if sys.platform == "win32":
@@ -668,25 +668,24 @@ class Load(ServerCase):
         end, unsent = self.end_of(slow), []
         with self.assertLogs(level="WARNING") as logs:
             while end in self.room.connections:
-                await self.publishes(content := f"{len(unsent):04}" + "x" * 1996)
+                await self.publishes(content := f"{len(unsent)}" + "x" * 700)
                 await anna.hears(content)
                 unsent.append(end.transport.get_write_buffer_size())
-        self.assertIn(max(unsent), range(1024**2 - 5_000, 1024**2 + 1))
-        (line,) = logs.output
-        self.assertRegex(line, f"Port{slow.port} reads too slowly")
+        self.assertIn(max(unsent), range(1024**2 - 1_000, 1024**2 + 1))
+        self.assertRegex(f"{logs.output}", f"^[^,]*Port{slow.port} reads too slowly[^,]*$")
 
     async def test_a_fast_talker_waits(self):
-        """Of more messages than 20 at once, the rest waits for a second and keeps its order."""
+        """If a client sends more than 20 messages at once, the rest waits a second, in order."""
         anna, words = await self.joins(), [f"{number}" for number in range(30)]
         await anna.says(*words)
         await anna.hears(*words)
         times = [datetime.fromisoformat(message["time"]) for message in self.room.history]
         waits = [later - sooner for sooner, later in itertools.pairwise(times)]
         self.assertEqual(max(range(29), key=waits.__getitem__), 19)
-        self.assertTrue(0.99 <= (times[20] - times[0]).total_seconds() < 1.9)
+        self.assertTrue(0.98 <= (times[20] - times[0]).total_seconds() < 1.9)
 
     async def test_a_flood_ends_with_its_client(self):
-        """Others' messages pass a flood, of which nothing is published after its client left."""
+        """A flood does not hold up other clients. It ends when its client leaves."""
         anna, flood = await self.joins(), await self.shakes_hands()
         end = self.end_of(flood)
         await flood.sends(said("flood") * 100)
@@ -701,9 +700,8 @@ class Load(ServerCase):
         await anna.hears("over")
 
     async def test_a_flood_is_read_in_small_pieces(self):
-        """The server's system takes few bytes ahead of the server, so that each has its turn."""
-        flood = await self.shakes_hands(SO_SNDBUF=4096)
-        size = 0
+        """The operating system buffers less than 64 KiB of a flood ahead of the server."""
+        flood, size = await self.shakes_hands(SO_SNDBUF=4096), 0
         with contextlib.suppress(BlockingIOError):
             while True:
                 size += flood.socket.send(PING * 100)
@@ -721,7 +719,9 @@ class Load(ServerCase):
         folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())).resolve()
         with mock.patch.object(chat, "__file__", folder / "chat.py"):
             for _ in range(2):  # without a page, and with one that is not UTF-8
-                with self.assertRaisesRegex(SystemExit, f"{folder}.*Keep index.html beside"):
+                with self.assertRaisesRegex(
+                    SystemExit, f"{re.escape(str(folder))}.*Keep index.html"
+                ):
                     await chat.start(self.room, "127.0.0.1", 0)
                 (folder / "index.html").write_bytes(b"\xff")
 
@@ -789,7 +789,7 @@ MISSING = "import sys; sys.modules['websockets'] = None"
 
 class CommandLine(ProgramCase):
     async def test_it_prints_an_address_that_opens(self):
-        """The printed address opens the page, from other machines too if it serves them."""
+        """The printed address can be reached, from other machines too if it serves them."""
         for options, python, pattern in [
             ("", "", r"^127\.0\.0\.1$"),
             ("", AS_ON_WINDOWS, r"^127\.0\.0\.1$"),
@@ -823,6 +823,7 @@ class CommandLine(ProgramCase):
             with self.subTest(python):
                 process = await self.runs(python=python)
                 await self.ends(process, 1, '^.*websockets 17.*-m pip install "websockets>=17"\n$')
+        await self.serves(python=OLD.replace("16", "18"))
 
     async def test_a_failed_presence_stops_the_server(self):
         """If presence fails, because of a defect, the server closes all connections and says so."""
@@ -864,7 +865,7 @@ class Stopping(ProgramCase):
         await ben.hears(*words)
         await ben.is_closed_with(1001)
 
-    async def test_it_stops_within_two_seconds(self):
+    async def test_it_stops_soon_despite_bad_clients(self):
         """It stops in time though clients answer nothing, read nothing, or flood with pings."""
         process, _ = await self.serves()
         anna = await self.joins()
@@ -873,7 +874,7 @@ class Stopping(ProgramCase):
         for data in b"", b"GET /", request("GET /"), HANDSHAKE[:-2]:
             await self.calls(data, SO_RCVBUF=1024)
         floods = [await self.shakes_hands() for _ in range(20)]
-        flooding = asyncio.gather(*(line.sends(PING * 1_000_000) for line in floods))
+        flooding = asyncio.gather(*map(Line.sends, floods, [PING * 1_000_000] * 20))
         await anna.says("hello")
         await anna.hears("hello")
         start = MONOTONIC()
@@ -884,7 +885,7 @@ class Stopping(ProgramCase):
         await flooding
 
     async def test_descriptors_limit_the_room(self):
-        """Half of the file descriptors are for clients, if possible after the limit is raised."""
+        """Half of the file descriptors are for clients. The limit is raised first if possible."""
         full = (1013).to_bytes(2)
         for shell, python, answer in [
             ("ulimit -n 64", "", full),
@@ -992,7 +993,7 @@ FLAGS = (  # The sandbox cannot serve root.
 
 @functools.cache
 def chromium():
-    """Start the headless Chromium that all tests share, in a folder of its own, if there is one."""
+    """Start the Chromium that all tests share, or return None if there is none."""
     path = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if not path:
         return None
@@ -1020,8 +1021,7 @@ def chromium():
 
 
 def fits(seen, expected):
-    """Return whether a text contains the expected one, a value equals it, or rows end with those of
-    a tuple of patterns. Rows about presence count only if a pattern does."""
+    """Return whether a value, a part of a text, or the last rows of the wire are as expected."""
     if isinstance(expected, str):
         return expected in f"{seen}" if expected else not seen
     if not isinstance(expected, tuple):
@@ -1279,8 +1279,9 @@ class Talking(PageCase):
         with mock.patch.object(self.room, "publish", mock.AsyncMock()):  # It publishes nothing.
             await tab.says("one", "two")
             await tab.sees(last="own waiting two")
-            self.pushes(ERROR | tab.sent()[0] | {"content": "Not now."})
+            self.pushes(ERROR | {"nonce": tab.sent()[0]["nonce"]})
             await tab.sees(log=log, spoken="Not now.")
+            self.assertEqual(len(tab.sent()), 2)
             await tab.types("draft")
             await tab.reloads()
             await tab.sees(log=log, bubbles="one ✗ not delivered: Not now. Edit")
@@ -1409,10 +1410,11 @@ class Connecting(PageCase):
                 self.cuts_off()
                 await tab.sees(status="No connection")
                 await tab.evaluate(f"{wake}, {wake}")
-                await tab.sees(*opening, status="Connected")
-                await tab.evaluate(f"clock.sleeps(24000), {wake}")
+                await tab.sees(*opening, has_joined=True)
+                status = await tab.evaluate(f"clock.sleeps(24000), {wake}, sights.look('status')")
+                self.assertEqual(status, "Connected")
                 await tab.evaluate(f"clock.sleeps(2000), {wake}")
-                await tab.sees("no answer", *opening, "no answer", *opening, status="Connected")
+                await tab.sees("no answer", *opening, "no answer", *opening, has_joined=True)
         await tab.clicks("Hang up")
         await tab.evaluate(wake)
         await self.has(0)
@@ -1457,7 +1459,7 @@ class Connecting(PageCase):
         await tab.passes(45)
         await tab.sees("no answer code 1006: no close frame came", status="No connection")
         await tab.clicks("Reconnect now")
-        await tab.sees(status="Connected")
+        await tab.sees(status="Connected", has_joined=True)
         await tab.says("one")
         await tab.passes(4)
         await tab.says("two")
@@ -1494,7 +1496,7 @@ class Connecting(PageCase):
                 await tab.sees(log=log[:1])
                 await self.shows("two")
                 await tab.sees(log=log[:2])
-                await (tab.clicks(leave) if leave else asyncio.sleep(0, self.cuts_off()))
+                await tab.clicks(leave) if leave else self.cuts_off()
                 await self.shows("missed")
                 await tab.says("mine")
                 await tab.sees(log=[*log[:2], "own waiting mine"])
@@ -1504,7 +1506,7 @@ class Connecting(PageCase):
                 self.assertEqual(said, ["one", "two", "missed", "mine"])
 
     async def test_a_divider_shows_a_gap(self):
-        """If a tab has missed more than 50 messages, a line says that some may be missing, also if
+        """If a tab has missed 50 or more messages, a line says that some may be missing, also if
         the room was empty when it joined."""
         for missed, expected in (50, 1), (49, 0):
             with self.subTest(missed):
@@ -1544,7 +1546,7 @@ class Storing(PageCase):
         self.holds()
         tab = await self.opens("sessionStorage.more ??= 'x'.repeat(5_200_000);")
         await tab.says("mine")
-        paste = "draft.value = 'x'.repeat(100_000), draft.dispatchEvent(new Event('input')), 0"
+        paste = "draft.value = 'x'.repeat(100_000), draft.dispatchEvent(new Event('input'))"
         await tab.evaluate(paste)
         await tab.reloads()
         await tab.sees(log=["own waiting mine"], draft="x" * 2_001)
@@ -1608,14 +1610,14 @@ class Reading(PageCase):
         await tab.sees(reads_the_end=True, last="other 49")
         top = "document.querySelector('#messages li:nth-child(40)').getBoundingClientRect().top"
         wheel = {"type": "mouseWheel", "x": 200, "y": 300, "deltaX": 0, "deltaY": -400}
-        for come_back in tab.clicks("3 new ↓"), tab.says("hello"):
+        for come_back, words in (tab.clicks, "3 new ↓"), (tab.says, "hello"):
             await tab.call("Input.dispatchMouseEvent", **wheel)
-            await tab.sees(reads_the_end=False)
+            await tab.waits_for("log.scrollTop === -400")
             place = await tab.evaluate(top)
             await self.floods(3)
             await tab.sees(pill="3 new ↓", title="(3) Chat")
             self.assertAlmostEqual(await tab.evaluate(top), place, delta=1)
-            await come_back
+            await come_back(words)
             await tab.sees(reads_the_end=True, focus="draft", pill="")
 
     async def test_a_hidden_tab_counts(self):
@@ -1646,13 +1648,13 @@ class Reading(PageCase):
         await self.floods(2_000)
         await tab.types("hello")
         await tab.sees(log=[f"other {number}" for number in range(1_500, 2_000)])
-        self.assertLess(await tab.evaluate("added"), 50)
+        self.assertLess(await tab.evaluate("added"), 1_000)
         await tab.sees(spoken="Port1: 1999")
         await tab.presses("Enter")
         await tab.sees(last="own delivered hello", reads_the_end=True)
 
     async def test_a_tab_that_is_alone_offers_company(self):
-        """A tab that is alone says so. Its button opens a window that inherits nothing."""
+        """A tab that is alone says so. Its button opens a window that cannot reach this one."""
         tab = await self.opens()
         await tab.sees(alone="You are the only one here", online="1")
         await tab.clicks("Open a second window")
@@ -1666,8 +1668,8 @@ class Reading(PageCase):
         await tab.sees(log=["own delivered hello"], alone="")
 
     async def test_screen_readers_hear_everything_once(self):
-        """Screen readers are told of the parts of the page, of each message once, and in each row
-        of the wire which side sends."""
+        """Screen readers hear each message once. They find the parts of the page, and which side
+        sends each row of the wire."""
         tab = await self.opens()
         await tab.says("mine")
         await tab.sees("^send", "^echo", log=["own delivered mine"])
@@ -1708,13 +1710,13 @@ class Reading(PageCase):
         await tab.sees(log="x", focus="draft")
         focus = "[document.activeElement.className || sights.focus(), "
         focus += "getComputedStyle(document.activeElement).outlineStyle]"
-        while "text" not in reached:  # It is the last of a round that begins at the draft.
+        for _ in range(30):  # more than a round
             await tab.presses("Tab")
             name, outline = await tab.evaluate(focus)
             reached.add(name)
             self.assertTrue(outline != "none" or name == "BODY", name)
-        names = {"send", "slow", "pause", "unplug", "cut", "wire-toggle", "diagram", "away", "log"}
-        self.assertLessEqual(names, reached)
+        names = "send slow pause unplug cut wire-toggle diagram away log text"
+        self.assertLessEqual({*names.split()}, reached)
 
 
 class Writing(PageCase):
@@ -1732,8 +1734,8 @@ class Writing(PageCase):
         await tab.says("end \x1f\x85\u3000")
         await tab.sees(log=["own delivered 0\n1\n2\n3\nend"], draft="")
 
-    async def test_enter_can_end_a_composition(self):
-        """The Enter that ends an input method's composition does not send, nor does Safari's."""
+    async def test_the_enter_of_a_composition_does_not_send(self):
+        """An Enter that ends an input method's composition sends nothing, not even in Safari."""
         tab, end = await self.opens(), {"selectionStart": 1, "selectionEnd": 1}
         await tab.call("Input.imeSetComposition", text="に", **end)
         await tab.presses("Enter")
@@ -1743,7 +1745,7 @@ class Writing(PageCase):
         await tab.presses("Enter")
         await tab.sees(log=["own delivered 日本"])
 
-    async def test_a_draft_has_at_most_2000_characters(self):
+    async def test_a_message_has_at_most_2000_characters(self):
         """A draft of 2,000 characters can be sent, emoji included. A longer one stays."""
         tab = await self.opens()
         for count, counter in (1_800, ""), (2_001, "2,001 of 2,000 characters"):
@@ -1759,7 +1761,7 @@ class Writing(PageCase):
 
 
 class Wire(PageCase):
-    async def test_walkthrough(self):
+    async def test_the_walkthrough_works_step_by_step(self):
         """Each step of the README's walkthrough has its rows, and the guide leads to the next."""
         first = await self.opens()
         welcome, pushed = "^welcome: The server: welcome", "^presence: The server: presence, pushed"
@@ -1767,7 +1769,6 @@ class Wire(PageCase):
         echo = "^echo: The server: message, echoed your own, after 0 ms"
         heard = "^message: The server: message, pushed not requested Another tab:"
         await first.sees(*OPENING, f"{welcome} no history yet$", f"{pushed} 1 online$")
-
         await first.sees(guide="Open a second window")
         second = await self.opens()
         await first.sees(f"{pushed} 2 online {others} the same frame$")
@@ -1778,7 +1779,6 @@ class Wire(PageCase):
         await first.sees(sent, f"{echo} {others} the same frame$")
         push = f"{others} the sender included That is push.$"
         await second.sees(f"{heard} {first.name} spoke “hello” {push}")
-
         for tab in first, second:
             await tab.sees(guide="Say something in the other window")
         await second.says("hi")
@@ -1844,7 +1844,7 @@ class Wire(PageCase):
         total = sum(size + (2 if size < 126 else 4 if size < 65_536 else 10) for size in got)
         await tab.sees(counts=[1, len(sent.encode()) + 6, len(got), total])
 
-    async def test_slow_and_pause(self):
+    async def test_slow_and_pause_hold_back_only_rows(self):
         """Slow shows a row every 0.7 s, and Pause none. Neither delays the conversation."""
         tab = await self.opens()
         (before,) = await tab.looks("wire")
@@ -1860,8 +1860,8 @@ class Wire(PageCase):
         await tab.passes(0.7)
         await tab.sees("^welcome", "“0”", "“1”")
 
-    async def test_a_storm_folds(self):
-        """Ten or more alike within a second share a row. Others, and a talk, do not."""
+    async def test_a_storm_shares_a_row(self):
+        """From the tenth within a second, frames that are alike share a row. Slow talk does not."""
         tab = await self.opens()
         await tab.passes(1)
         await self.floods(30)
@@ -1879,12 +1879,12 @@ class Wire(PageCase):
         """The newest 300 rows stay, as does a row that is open."""
         tab = await self.opens()
         await tab.clicks("GET /ws")
-        await tab.evaluate("performance.now = (now => () => now += 1000)(9e6), 0")
-        await self.floods(400)
-        await tab.sees("“399”")
-        ((first, second, *rest),) = await tab.looks("wire")
-        self.assertEqual((first[:7], len(rest)), ("request", 298))
-        self.assertIn("“101”", second)
+        for second in range(40):
+            await tab.passes(1)
+            await self.publishes(*[f"{second}"] * 9)  # too few for a storm
+            await tab.sees(*[f"“{second}”"] * 9)
+        ((opened, oldest, *rest),) = await tab.looks("wire")
+        self.assertEqual((opened[:7], oldest[-3:], len(rest)), ("request", "“6”", 298))
 
     async def test_the_panel_stays_as_it_was_left(self):
         """The wire is open beside the chat, closed on a phone, and stays as its user leaves it. The

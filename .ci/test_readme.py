@@ -96,7 +96,7 @@ class Blocks(ReadmeCase):
         known = ["&& .venv/bin/python chat.py", "-m unittest", "curl", "install redis"]
         self.assertEqual(sorted(map(block, known)), sorted(blocks("sh")))
 
-    def test_the_sizes_are_true(self):
+    def test_the_number_of_lines_is_true(self):
         """The README says how many lines chat.py has."""
         lines = len((HERE / "chat.py").read_text(encoding="utf-8").splitlines())
         self.assertIn(f"{lines} lines of Python", README)
@@ -118,7 +118,12 @@ class Blocks(ReadmeCase):
             "connections": f"{chat.MAX_CONNECTIONS:,}",
         }
         for name, value in limits.items():
-            self.assertRegex(README, rf"(?m)^\| {name} \| {re.escape(value)}")
+            self.assertRegex(README, rf"(?m)^\| {name} \| {re.escape(value)}\b")
+
+    async def test_the_port_is_8080(self):
+        """The default port is the one in the README's addresses."""
+        process = await self.sh(".venv/bin/python chat.py --help")
+        self.assertIn(b"default: 8080", (await process.communicate())[0])
 
     async def test_run_sets_up_everything(self):
         """The command under Run installs the package and serves, in a folder without anything."""
@@ -154,7 +159,7 @@ class Blocks(ReadmeCase):
         await self.serves()
         script = block("curl").replace("8080", f"{self.port}").replace("--max-time 2", "-m 1")
         shown, _ = await (await self.sh(script + " || true")).communicate()
-        self.assertRegex(shown.decode(), r"(?m)^00000000: 817e 00[0-9a-f]{2} 7b22 7479 7065")
+        self.assertRegex(shown.decode(), r"(?m)^00000000: 81 7e 00 [0-9a-f]{2} 7b 22 74 79 70 65")
         self.assertIn("`81 7e 00 ", README)
 
     async def test_the_terminal_client_joins(self):
@@ -234,7 +239,7 @@ GARBAGE = [  # entries of a stream, as anyone can write them
 ]
 
 
-class RedisRoom(ReadmeCase):
+class TwoServers(ReadmeCase):
     """The README's chat_redis.py: one Redis, and two servers with a client each."""
 
     async def asyncSetUp(self):
