@@ -223,7 +223,7 @@ class ServerCase(Case):
         await super().asyncSetUp()
         self.enterContext(self.assertNoLogs(level="WARNING"))
         self.passed = 0  # seconds
-        self.enterContext(mock.patch.object(time, "monotonic", self.now))
+        self.enterContext(mock.patch.multiple(time, monotonic=lambda: MONOTONIC() + self.passed))
         self.room = chat.Room()
         self.addAsyncCleanup(self.assert_nothing_is_left)
         self.server = await self.serves()
@@ -245,9 +245,6 @@ class ServerCase(Case):
     async def assert_nothing_is_left(self):
         self.assertEqual((self.room.connections, self.room.names), (set(), set()))
         await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
-
-    def now(self):
-        return MONOTONIC() + self.passed
 
     def set(self, **constants):
         """Give constants of chat.py other values until the test ends."""
@@ -977,7 +974,6 @@ window.clock = (() => {
     };
 })();
 """
-
 
 PROGRAMS = (
     *(os.environ.get("CHROME", ""), "chromium", "chromium-browser", "google-chrome"),
@@ -1854,11 +1850,13 @@ class Wire(PageCase):
         await tab.passes(0.7)
         await tab.sees("^welcome", "“0”")
         await tab.clicks("Pause")
+        await tab.clicks("Slow")  # It is no longer slow.
+        await self.shows("held")
         await tab.passes(5)
-        await tab.sees("^welcome", "“0”")
+        await tab.sees("^welcome", "“0”", last="other held")
         await tab.clicks("Pause")
         await tab.passes(0.7)
-        await tab.sees("^welcome", "“0”", "“1”")
+        await tab.sees("^welcome", "“0”", "“1”", "“2”", "“held”")
 
     async def test_a_storm_shares_a_row(self):
         """From the tenth within a second, frames that are alike share a row. Slow talk does not."""
@@ -1898,3 +1896,5 @@ class Wire(PageCase):
                 await tab.clicks(click)
             await tab.reloads()
             await tab.sees(pause=button, guide="")
+            is_open = f"{bool(button)}".lower()
+            await tab.waits_for(f"sights.all('#wire-toggle[aria-expanded={is_open}]').length")
