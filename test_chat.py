@@ -877,7 +877,7 @@ class Stopping(ProgramCase):
         start = MONOTONIC()
         process.terminate()
         await self.ends(process)
-        self.assertLess(MONOTONIC() - start, 2.5)
+        self.assertLess(MONOTONIC() - start, 5)  # s. It takes 2 on a machine that is not busy.
         await anna.is_closed_with(1001)
         await flooding
 
@@ -1694,7 +1694,7 @@ class Reading(PageCase):
         await tab.evaluate("now.focus()")
         await tab.presses("Enter")
         await tab.sees(status="Connected", focus="draft")
-        await tab.evaluate("sights.all('.text')[0].focus()")
+        await tab.evaluate("sights.all('.text[tabindex]')[0].focus()")
         await tab.sees(focus="P")
         await self.floods(501)
         await tab.sees(focus="draft")
