@@ -360,6 +360,7 @@ class Log(ProgramCase):
         self.assertEqual([line for line in lines if not line.isprintable()], [])
         self.assertEqual([line for line in lines if not re.match(r"\d{4}-\d\d-|    ", line)], [])
         self.assertGreater(len([line for line in lines if "owned" in line]), 7)
+        self.assertIn(r"\x1b]0;owned\x07", log)  # escaped rather than dropped
 
 
 class Fuzz(ServerCase):
