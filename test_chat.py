@@ -1181,7 +1181,7 @@ class PageCase(ServerCase):
             connection_made(connection, transport)
 
         self.enterContext(mock.patch.object(chat.Connection, "connection_made", record))
-        self.set(PRESENCE_DELAY=0)
+        self.set(PRESENCE_DELAY=0, HEARTBEAT=600)  # Rows come only when a test wants them.
         await super().asyncSetUp()
 
     async def stops(self, server):
