@@ -361,6 +361,7 @@ class Log(ProgramCase):
         self.assertEqual([line for line in lines if not re.match(r"\d{4}-\d\d-|    ", line)], [])
         self.assertGreater(len([line for line in lines if "owned" in line]), 7)
         self.assertIn(r"\x1b]0;owned\x07", log)  # escaped rather than dropped
+        self.assertIn("\n    Traceback", log)  # still on lines of its own
 
 
 class Fuzz(ServerCase):
