@@ -200,6 +200,21 @@ class Looks(test_chat.PageCase):
         await tab.sees(*["^message"] * 5)
         self.assertAlmostEqual((await tab.evaluate(place))[1], inner, delta=1)
 
+    async def test_a_message_lights_up_with_its_rows(self):
+        """A message and its rows light up if one of them has the focus or the pointer."""
+        tab = await self.opens()
+        await tab.says("hello")
+        await tab.sees("^send", "^echo", log=["own delivered hello"])
+        lit = "sights.all('.lit').length === %d"
+        await tab.evaluate("sights.all('summary').at(-1).focus()")
+        await tab.waits_for(lit % 3)
+        await tab.evaluate("draft.focus()")
+        await tab.waits_for(lit % 0)
+        place = "(({x, y}) => [x + 5, y + 5])(sights.all('.text')[0].getBoundingClientRect())"
+        x, y = await tab.evaluate(place)
+        await tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        await tab.waits_for(lit % 3)
+
     async def test_rows_tell_the_time(self):
         """Each row of the wire tells the time since the one before."""
         tab = await self.opens()
