@@ -148,6 +148,20 @@ class Looks(test_chat.PageCase):
             expected = [[0, 1], [1, 0], [1, 2], [1, 0], [2, 1], [1, 2]]
             self.assertEqual(await tab.evaluate(arrows), expected)
 
+    async def test_arrows_grow_unless_motion_is_reduced(self):
+        """Arrows grow, but not if the system asks for reduced motion."""
+        tab = await self.opens()
+        count = "window.moves = 0, wire.onanimationstart = () => { moves += 1; }, 0"
+        drawn = "requestAnimationFrame(() => requestAnimationFrame(() => done(moves > 0)))"
+        for motion, moves in ("no-preference", True), ("reduce", False):
+            features = [{"name": "prefers-reduced-motion", "value": motion}]
+            await tab.call("Emulation.setEmulatedMedia", features=features)
+            await tab.passes(1)
+            await tab.evaluate(count)
+            await self.shows(motion)
+            await tab.sees(f"“{motion}”")
+            self.assertEqual(await tab.evaluate(f"new Promise(done => {drawn})"), moves)
+
     async def test_a_name_has_one_colour(self):
         """A name has one colour everywhere. Neighbours' colours differ, and none is red."""
         tab, other = await self.opens(), await self.opens()
