@@ -162,6 +162,15 @@ class Looks(test_chat.PageCase):
             await tab.sees(f"“{motion}”")
             self.assertEqual(await tab.evaluate(f"new Promise(done => {drawn})"), moves)
 
+    async def test_the_page_is_dark_if_the_system_is(self):
+        """The text is dark in a light scheme, and light in a dark one."""
+        tab = await self.opens()
+        text = "Number(getComputedStyle(document.body).color.match(/[\\d.]+/)[0])"
+        for scheme, expected in ("light", True), ("dark", False):
+            features = [{"name": "prefers-color-scheme", "value": scheme}]
+            await tab.call("Emulation.setEmulatedMedia", features=features)
+            self.assertEqual(await tab.evaluate(f"{text} < 128"), expected)
+
     async def test_a_name_has_one_colour(self):
         """A name has one colour everywhere. Neighbours' colours differ, and none is red."""
         tab, other = await self.opens(), await self.opens()
