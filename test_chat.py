@@ -1879,10 +1879,10 @@ class Wire(PageCase):
         await tab.clicks("GET /ws")
         for second in range(40):
             await tab.passes(1)
-            await self.publishes(*[f"{second}"] * 9)  # too few for a storm
-            await tab.sees(*[f"“{second}”"] * 9)
+            await self.publishes(*(f"{second}.{n}" for n in range(9)))  # too few for a storm
+            await tab.waits_for(f"sights.words(wire.lastElementChild).includes('{second}.8')")
         ((opened, oldest, *rest),) = await tab.looks("wire")
-        self.assertEqual((opened[:7], oldest[-3:], len(rest)), ("request", "“6”", 298))
+        self.assertEqual((opened[:7], oldest[-5:], len(rest)), ("request", "“6.7”", 298))
 
     async def test_the_panel_stays_as_it_was_left(self):
         """The wire is open beside the chat, closed on a phone, and stays as its user leaves it. The
